@@ -1,0 +1,45 @@
+"""Adversarial training for HuggingFace Transformers: swap `Trainer` for `AdversarialTrainer`."""
+
+from typing import TYPE_CHECKING, Any
+
+from .attacks import FGM, PGD, Attack, Noise, register
+
+if TYPE_CHECKING:
+    from .arguments import AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
+    from .trainer import AdversarialSeq2SeqTrainer, AdversarialTrainer, AdversarialTrainerMixin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FGM",
+    "PGD",
+    "AdversarialSeq2SeqTrainer",
+    "AdversarialSeq2SeqTrainingArguments",
+    "AdversarialTrainer",
+    "AdversarialTrainerMixin",
+    "AdversarialTrainingArguments",
+    "Attack",
+    "Noise",
+    "register",
+]
+
+_LAZY = {
+    "AdversarialTrainingArguments": "arguments",
+    "AdversarialSeq2SeqTrainingArguments": "arguments",
+    "AdversarialTrainer": "trainer",
+    "AdversarialTrainerMixin": "trainer",
+    "AdversarialSeq2SeqTrainer": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The core runs on torch alone: transformers is imported when a trainer's name is touched.
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

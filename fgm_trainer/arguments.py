@@ -1,0 +1,197 @@
+"""The `--adv_*` flags: parse and validate, nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from .attacks import ATTACKS, Attack, attack_class, own_settings
+from .geometry import NORMS, SCOPES
+from .schedule import Schedule
+
+_METHODS = ", ".join(sorted(ATTACKS))
+
+
+@dataclass
+class AdversarialArguments:
+    """The adversarial flags, for any dataclass of training arguments to inherit (put it last)."""
+
+    adv_epsilon: float = field(
+        default=1.0,
+        metadata={
+            "help": "Size of the perturbation (Miyato et al. 2017, eq. 5). 0 is the stock Trainer, bit for bit. It is "
+            "not portable between scopes: `adv_delta_norm` in the log is the length that an example really got."
+        },
+    )
+    adv_method: str = field(default="fgm", metadata={"help": f"The attack, one of: {_METHODS}."})
+    adv_scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "Over which entries a norm is taken: `vocabulary` (rows of the lookup's weight, over the "
+            "micro-batch), `example`, `token`. Default: the method's own; `example` where the target is no lookup."
+        },
+    )
+    adv_norm: str | None = field(
+        default=None,
+        metadata={"help": f"Norm of the perturbation, one of: {', '.join(NORMS)}. Default: the method's own."},
+    )
+    adv_target: str = field(
+        default="word_embeddings",
+        metadata={
+            "help": "What is perturbed: `word_embeddings` (the input token lookup of any model), a module path such as "
+            "`bert.encoder.layer.3`, or an input tensor such as `inputs_embeds`."
+        },
+    )
+    adv_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor of the adversarial loss. The two losses add up, so the gradient is about twice as long and "
+            "`max_grad_norm` clips sooner."
+        },
+    )
+    adv_clean_weight: float = field(
+        default=1.0, metadata={"help": "Factor of the clean loss; 0 trains on adversarial examples alone."}
+    )
+    adv_start: float = field(
+        default=0.0,
+        metadata={"help": "No attack before this optimizer step, or, below 1, before this fraction of training."},
+    )
+    adv_warmup: float = field(
+        default=0.0,
+        metadata={
+            "help": "Optimizer steps, or, below 1, the fraction of training, over which epsilon rises linearly from "
+            "`adv_start` on. A large epsilon from the first step on can collapse a run."
+        },
+    )
+    adv_every: int = field(default=1, metadata={"help": "Attack every k-th optimizer step."})
+    adv_same_dropout: bool = field(
+        default=False, metadata={"help": "All passes of a step draw the same dropout masks."}
+    )
+    adv_steps: int | None = field(
+        default=None, metadata={"help": "Ascent steps of an iterated method. Default: the method's own."}
+    )
+    adv_step_size: float | None = field(
+        default=None, metadata={"help": "Length of one ascent step. Default: the method's own."}
+    )
+    adv_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON object of further settings of the method."}
+    )
+
+    def __post_init__(self) -> None:
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+        problems: list[str] = []
+        if isinstance(self.adv_kwargs, str):
+            try:
+                self.adv_kwargs = json.loads(self.adv_kwargs)
+            except json.JSONDecodeError as error:
+                problems.append(f"adv_kwargs must be a JSON object; found {self.adv_kwargs!r} ({error}).")
+                self.adv_kwargs = None
+        problems += _problems(self)
+        if problems:
+            raise ValueError("\n".join(["Adversarial training can't be configured like this:", *map("- ".__add__, problems)]))
+
+    def make_attack(self) -> Attack:
+        """The attack that the flags describe."""
+        return attack_class(self.adv_method)(
+            epsilon=self.adv_epsilon, weight=self.adv_weight, clean_weight=self.adv_clean_weight, **_given(self)
+        )
+
+    def make_schedule(self) -> Schedule:
+        """The schedule that the flags describe."""
+        return Schedule(self.adv_start, self.adv_warmup, self.adv_every)
+
+
+@dataclass
+class AdversarialTrainingArguments(TrainingArguments, AdversarialArguments):
+    """`TrainingArguments` and the adversarial flags, flat, for `HfArgumentParser`.
+
+    Raises:
+        ValueError: one message with every adversarial flag that is wrong, before any training.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        AdversarialArguments.__post_init__(self)
+
+
+@dataclass
+class AdversarialSeq2SeqTrainingArguments(Seq2SeqTrainingArguments, AdversarialArguments):
+    """`Seq2SeqTrainingArguments` and the adversarial flags."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        AdversarialArguments.__post_init__(self)
+
+
+ATTACK_FIELDS = (
+    "adv_epsilon",
+    "adv_method",
+    "adv_scope",
+    "adv_norm",
+    "adv_weight",
+    "adv_clean_weight",
+    "adv_steps",
+    "adv_step_size",
+    "adv_kwargs",
+)
+
+
+def changed_attack_fields(args: Any) -> list[str]:
+    """The flags that describe the attack and differ from their defaults."""
+    defaults = {f.name: f.default for f in fields(AdversarialArguments)}
+    return [name for name in ATTACK_FIELDS if getattr(args, name, defaults[name]) != defaults[name]]
+
+
+def _given(args: AdversarialArguments) -> dict[str, Any]:
+    """The method's settings that were given, by the method's names for them."""
+    named = {"scope": args.adv_scope, "norm": args.adv_norm, "steps": args.adv_steps, "step_size": args.adv_step_size}
+    given = {name: value for name, value in named.items() if value is not None}
+    return given | (args.adv_kwargs if isinstance(args.adv_kwargs, dict) else {})
+
+
+def _problems(args: AdversarialArguments) -> list[str]:
+    found = []
+    for name in ("adv_epsilon", "adv_weight", "adv_clean_weight", "adv_start", "adv_warmup"):
+        value = getattr(args, name)
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            found.append(f"{name} must be a finite number, 0 or more; found {value!r}.")
+        elif name in ("adv_start", "adv_warmup") and value >= 1 and value != int(value):
+            found.append(f"{name} is a fraction below 1 or a whole number of optimizer steps; found {value!r}.")
+    if args.adv_weight == 0:
+        found.append("adv_weight must be above 0; to train without an attack write adv_epsilon=0.")
+    if not isinstance(args.adv_every, int) or args.adv_every < 1:
+        found.append(f"adv_every must be a whole number, 1 or more; found {args.adv_every!r}.")
+    if args.adv_scope is not None and args.adv_scope not in SCOPES:
+        found.append(f"adv_scope must be one of {', '.join(SCOPES)}; found {args.adv_scope!r}.")
+    elif args.adv_scope == "vocabulary" and args.adv_target != "word_embeddings" and "embed" not in args.adv_target:
+        found.append(
+            f"adv_scope='vocabulary' exists for token lookups only, and adv_target is {args.adv_target!r}; "
+            "write adv_scope='example'."
+        )
+    if args.adv_norm is not None and args.adv_norm not in NORMS:
+        found.append(f"adv_norm must be one of {', '.join(NORMS)}; found {args.adv_norm!r}.")
+    if args.adv_kwargs is not None and not isinstance(args.adv_kwargs, dict):
+        found.append(f"adv_kwargs must be a JSON object; found {args.adv_kwargs!r}.")
+    try:
+        method = attack_class(args.adv_method)
+    except ValueError as error:
+        return [*found, f"adv_method: {error}"]
+    own = own_settings(method)
+    for name in set(_given(args)) - {"scope", "norm"} - set(own):
+        flag = f"adv_{name}" if name in ("steps", "step_size") else f"adv_kwargs[{name!r}]"
+        found.append(
+            f"{flag} is given, but the method {args.adv_method!r} has no such setting; "
+            f"its own settings are: {', '.join(own) or 'none'}."
+        )
+    if not found:
+        try:
+            args.make_attack()
+        except (ValueError, TypeError) as error:
+            found.append(str(error))
+    return found

@@ -1,0 +1,28 @@
+"""Random noise, the control."""
+
+from __future__ import annotations
+
+from ..geometry import sample
+from .base import Attack, Passes, Train, register
+
+
+@register("noise")
+class Noise(Attack):
+    """Noise: a random direction of the same length as an attack's. The control that a claim of robustness needs.
+
+    Idea: what does a perturbation of this size do when it is not aimed?
+
+    Equation: delta = epsilon * z / ||z||, z Gaussian.
+
+    Cost: 2 full passes.
+
+    Defaults: none published; epsilon as for the attack that it controls.
+
+    Limits: not an attack. In high dimension a random direction is nearly orthogonal to the gradient.
+
+    Citation: the random perturbation baseline of Miyato et al. 2017, arXiv 1605.07725, section 4.
+    """
+
+    def passes(self, epsilon: float, seed: int) -> Passes:
+        clean = yield Train()
+        return Train(epsilon * sample(clean.gradient, self.norm, clean.units, seed))

@@ -1,0 +1,189 @@
+"""Norms, steps and balls: the mathematics of a perturbation, on torch alone.
+
+A perturbation is a tensor of shape (rows, positions, dimension), or (rows, ...) where there are no
+tokens. `Units` says over which of its entries one norm is taken; every function here works on each
+unit by itself. Arithmetic is in float32 at least.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SCOPES = ("vocabulary", "example", "token")
+NORMS = ("l2", "linf", "max", "none")
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one micro-batch: the sets of entries over which one norm is taken.
+
+    - `example`: one unit a row (Miyato et al. 2017, FreeLB).
+    - `token`: one unit a position.
+    - `vocabulary`: the whole micro-batch is one unit, in which every vocabulary entry counts once
+      however often it occurs: the geometry of the weight of the lookup itself.
+
+    Args:
+        scope: one of `SCOPES`.
+        tokens: bool, (rows, positions), true where there is a token; None where all are.
+        entries: int64, (rows, positions): a flat position that stands for the vocabulary entry held
+            here, the same for all positions that hold it; from `shared_entries`. Scope `vocabulary` only.
+    """
+
+    scope: str
+    tokens: Tensor | None = None
+    entries: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}; found {self.scope!r}.")
+        if self.scope == "vocabulary" and self.entries is None:
+            raise ValueError("scope 'vocabulary' needs `entries`: it exists for token lookups only; write 'example'.")
+
+    def pool(self, gradient: Tensor) -> Tensor:
+        """The gradient of each position's unit member, (rows, positions, dimension), zero where there is no token.
+
+        In scope `vocabulary` a member is a vocabulary entry: its gradient is the sum over the positions that hold it.
+        """
+        gradient = self._only(self.tokens, _widen(gradient))
+        if self.entries is None:
+            return gradient
+        flat = gradient.flatten(0, -2)
+        entries = self.entries.flatten()
+        sums = torch.zeros_like(flat).index_add_(0, entries, flat)
+        return self._only(self.tokens, sums[entries].view_as(gradient))
+
+    def share(self, values: Tensor) -> Tensor:
+        """`values` with one value a unit member: all positions that hold a vocabulary entry get the same."""
+        if self.entries is not None:
+            values = values.flatten(0, -2)[self.entries.flatten()].view_as(values)
+        return self._only(self.tokens, _widen(values))
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest absolute value of each unit, in a shape that broadcasts against `values`; NaN stays NaN."""
+        return torch.linalg.vector_norm(values, ord=math.inf, dim=self._dims(values), keepdim=True)
+
+    def euclidean(self, values: Tensor) -> Tensor:
+        """The Euclidean norm of each unit, every member counted once, in a shape that broadcasts against `values`."""
+        return torch.linalg.vector_norm(self._only(self._once(), values), dim=self._dims(values), keepdim=True)
+
+    def _dims(self, values: Tensor) -> tuple[int, ...]:
+        first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]
+        return tuple(range(first, values.dim()))
+
+    def _once(self) -> Tensor | None:
+        """True at one position of every unit member."""
+        if self.entries is None:
+            return None
+        own = torch.arange(self.entries.numel(), device=self.entries.device).view_as(self.entries)
+        once = self.entries == own
+        return once if self.tokens is None else once & self.tokens
+
+    @staticmethod
+    def _only(positions: Tensor | None, values: Tensor) -> Tensor:
+        if positions is None:
+            return values
+        # `where`, not a product: inf * 0 is NaN.
+        return torch.where(positions.unsqueeze(-1), values, values.new_zeros(()))
+
+
+def shared_entries(ids: Tensor, tokens: Tensor | None, size: int) -> Tensor:
+    """For every position a flat position that holds the same id, the same one for all of them.
+
+    No (V, D) temporary: V integers map an id to one of its positions. Positions without a token keep apart
+    from tokens of the same id (a padding id may also end a sentence).
+
+    Args:
+        ids: int64, (rows, positions).
+        tokens: bool, (rows, positions), or None.
+        size: V, more than the largest id.
+    """
+    own = torch.arange(ids.numel(), device=ids.device)
+    flat = ids.flatten().long()
+    if tokens is not None:
+        flat = torch.where(tokens.flatten(), flat, size)
+    # Several writes to one place: any of them may win, and all who read it see the same winner.
+    holder = own.new_empty(size + 1)
+    holder[flat] = own
+    return holder[flat].view_as(ids)
+
+
+def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
+    """The unit step that raises the loss, for each unit.
+
+    `l2` g/||g||_2 and `linf` sign(g) maximise <g, step> over the unit ball of their norm (the dual norm is
+    attained). `max` is g/||g||_inf, not a dual-norm step: it keeps the proportions of g and makes its largest
+    entry 1 (what FreeLB calls "linf"). `none` is g itself.
+
+    A zero gradient gives a zero step. A unit whose gradient is not finite gives a zero step, and no other does.
+
+    Args:
+        gradient: dL/de, (rows, positions, dimension).
+        norm: one of `NORMS`.
+        units: the units of this micro-batch.
+
+    Returns:
+        A tensor of the gradient's shape, in float32 at least, zero where there is no token.
+    """
+    return _direction(units.pool(gradient), norm, units)
+
+
+def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
+    """A random direction of length 1 for each unit: Gaussian, then brought to that length.
+
+    Args:
+        like: gives shape, type and device.
+        norm: the norm of which the length is 1; `none` counts as `l2`.
+        units: the units of this micro-batch.
+        seed: the same seed gives the same direction on the same kind of device; the global random state is
+            neither read nor changed.
+    """
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    noise = torch.randn(like.shape, dtype=_widen(like).dtype, device=like.device, generator=generator)
+    return _direction(units.share(noise), "l2" if norm == "none" else norm, units)
+
+
+def length(perturbation: Tensor, norm: str, units: Units) -> Tensor:
+    """The length of each unit, in a shape that broadcasts: largest entry for `linf` and `max`, else Euclidean."""
+    perturbation = _widen(perturbation)
+    return units.largest(perturbation) if norm in ("linf", "max") else units.euclidean(perturbation)
+
+
+def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Tensor:
+    """The nearest point of the ball of radius epsilon, for each unit; `none` has no ball and changes nothing.
+
+    Args:
+        perturbation: one value a unit member, as `ascent` and `sample` give it.
+        epsilon: the radius, 0 or more.
+        norm: one of `NORMS`; `max` shares the ball of `linf`.
+        units: the units of this micro-batch.
+    """
+    perturbation = _widen(perturbation)
+    if norm == "none":
+        return perturbation
+    if norm in ("linf", "max"):
+        return perturbation.clamp(-epsilon, epsilon)
+    size = units.euclidean(perturbation)
+    return perturbation * torch.where(size > epsilon, epsilon / size, 1.0)
+
+
+def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
+    largest = units.largest(member)
+    usable = (largest > 0) & torch.isfinite(largest)
+    member = torch.where(usable, member, member.new_zeros(()))
+    if norm == "none":
+        return member
+    if norm == "linf":
+        return member.sign()
+    # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
+    member = member / torch.where(usable, largest, 1.0)
+    if norm == "max":
+        return member
+    return member / torch.where(usable, units.euclidean(member), 1.0)
+
+
+def _widen(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

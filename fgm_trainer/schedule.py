@@ -1,0 +1,38 @@
+"""When the attack runs and how large it is: a start, a linear rise, a period."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Durations are whole optimizer steps, or, below 1, fractions of training.
+
+    Args:
+        start: no attack before it.
+        warmup: epsilon rises linearly over it, from the first attacked step on: epsilon * (k + 1) / warmup.
+        every: attack every k-th optimizer step, counted from `start`.
+    """
+
+    start: float = 0.0
+    warmup: float = 0.0
+    every: int = 1
+
+    def factor(self, step: int, total: int) -> float:
+        """What epsilon is multiplied by at optimizer step `step` (from 0) of `total`; 0 for no attack."""
+        since = step - in_steps(self.start, total)
+        if since < 0 or since % self.every:
+            return 0.0
+        rise = in_steps(self.warmup, total)
+        return 1.0 if since >= rise else (since + 1) / rise
+
+    def warm(self, total: int) -> int:
+        """The first optimizer step at which epsilon has its full size."""
+        return in_steps(self.start, total) + in_steps(self.warmup, total)
+
+
+def in_steps(duration: float, total: int) -> int:
+    """A duration in whole optimizer steps."""
+    return math.ceil(duration * total) if duration < 1 else int(duration)

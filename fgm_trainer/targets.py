@@ -1,0 +1,473 @@
+"""Where a perturbation lives: a tensor inside the model's forward pass, reached by a hook.
+
+The hook returns `tensor + leaf`. In a pass that only asks for the gradient the leaf is zero; in an adversarial
+pass it is the perturbation. After the backward pass `leaf.grad` is the gradient. No weight is ever written, so
+none can be left perturbed, and `weight.grad`, which may hold earlier micro-batches, is never read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .geometry import SCOPES, Units, shared_entries
+
+
+class Pass:
+    """What one forward pass met at the target: its calls, in order, as one tensor.
+
+    Several calls in one forward (two towers, R-Drop) are stacked along the rows, shorter ones padded at the end;
+    the attack sees one tensor, and every call gets its own part back.
+
+    Args:
+        delta: the perturbation to add, (rows, positions, dimension), or None for none.
+        gradient: whether the gradient with respect to the perturbation is wanted.
+        batch: the model's inputs; their attention mask says which positions carry a token.
+        padding_id: the id that carries no token, where there is no attention mask.
+    """
+
+    def __init__(self, delta: Tensor | None, gradient: bool, batch: Mapping[str, Any], padding_id: int | None) -> None:
+        self._delta, self._wanted = delta, gradient
+        self._mask = batch.get("attention_mask")
+        self._padding_id = padding_id
+        self._leaves: list[Tensor] = []
+        self._ids: list[Tensor | None] = []
+        self._tokens: list[Tensor | None] = []
+        self._norms: list[tuple[Tensor, Tensor]] = []
+        self._vocabulary_size = 0
+        self._row = 0
+        self.calls = 0
+        self.forward_done = False
+
+    def meet(self, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
+        """Called by the target's hook: the value that goes on through the model in place of `value`."""
+        if not value.is_floating_point():
+            raise TypeError(f"A perturbation can be added to floating-point numbers only; the target is {value.dtype}.")
+        if self.forward_done:
+            return value + self._again(value)
+        self.calls += 1
+        if self._delta is None and not self._wanted:
+            return value
+        tokens = self._find_tokens(value, ids)
+        leaf = torch.zeros_like(value) if self._delta is None else self._own_part(self._delta, value)
+        if self._wanted:
+            leaf = leaf.detach().requires_grad_()
+        if self._delta is not None:
+            self._norms.append((_row_norms(value, tokens), _row_norms(leaf, tokens)))
+        self._leaves.append(leaf)
+        self._ids.append(ids)
+        self._tokens.append(tokens)
+        self._vocabulary_size = vocabulary_size
+        return value + leaf
+
+    def check(self) -> None:
+        """Raises RuntimeError unless every row of the perturbation was used."""
+        if self._delta is not None and self._row != self._delta.shape[0]:
+            raise RuntimeError(
+                f"The first pass met {self._delta.shape[0]} rows at the target and this one {self._row}: the model must "
+                "call the target equally often in every pass of a step."
+            )
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return self._leaves
+
+    def gradient(self, gradients: list[Tensor | None]) -> Tensor:
+        """The gradients of `leaves`, stacked: (rows, positions, dimension)."""
+        missing = [g for g in gradients if g is None]
+        if missing or not gradients:
+            raise RuntimeError(
+                "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
+                "`adv_target` that lies on the way from the inputs to the loss."
+            )
+        return _stack([g for g in gradients if g is not None])
+
+    def units(self, scope: str) -> Units:
+        """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
+        dims = self._leaves[0].dim()
+        tokens = _stack_tokens(self._tokens, self._leaves)
+        if scope == "vocabulary":
+            ids = [i for i in self._ids if i is not None]
+            if len(ids) < len(self._leaves):
+                raise ValueError("adv_scope 'vocabulary' exists for token lookups only; write adv_scope='example'.")
+            entries = shared_entries(_stack(ids), tokens, self._vocabulary_size)
+            return Units(scope, tokens, entries)
+        if scope == "example" and dims < 3 and self._ids[0] is not None:
+            raise ValueError(
+                f"The lookup's output has shape {tuple(self._leaves[0].shape)}, several examples packed into one row: "
+                "adv_scope 'example' would mean the pack. Write adv_scope='token' or 'vocabulary', or do not pack."
+            )
+        if scope == "token" and dims != 3 and self._ids[0] is None:
+            raise ValueError(
+                f"adv_scope 'token' needs a tensor (examples, positions, dimension); the target's is "
+                f"{tuple(self._leaves[0].shape)}. Write adv_scope='example'."
+            )
+        return Units(scope, tokens)
+
+    def row_norms(self) -> tuple[Tensor, Tensor]:
+        """The Euclidean norms of the clean tensor and of the perturbation, for each row: two tensors (rows,)."""
+        values, deltas = zip(*self._norms, strict=True)
+        return torch.cat(values), torch.cat(deltas)
+
+    def _again(self, value: Tensor) -> Tensor:
+        """Gradient checkpointing runs a layer's forward again inside the backward pass: the same leaf is added."""
+        if self._delta is None and not self._wanted:
+            return value.new_zeros(())
+        if len(self._leaves) != 1:
+            raise RuntimeError(
+                f"The target is called {len(self._leaves)} times inside checkpointed layers, so a recomputation can't "
+                "tell which call it repeats. Turn gradient checkpointing off or choose another adv_target."
+            )
+        return self._leaves[0]
+
+    def _own_part(self, delta: Tensor, value: Tensor) -> Tensor:
+        rows = slice(self._row, self._row + value.shape[0])
+        self._row += value.shape[0]
+        part = delta[rows] if delta.dim() < 3 else delta[rows, : value.shape[1]]
+        if part.shape != value.shape:
+            raise RuntimeError(
+                f"The target's tensor has shape {tuple(value.shape)} but its perturbation has {tuple(part.shape)}: the "
+                "model must call the target equally often, with equal shapes, in every pass of a step."
+            )
+        return part.to(value.dtype)
+
+    def _find_tokens(self, value: Tensor, ids: Tensor | None) -> Tensor | None:
+        places = value.shape[:-1] if ids is None else ids.shape
+        if len(places) > 2:
+            return None
+        mask = self._mask
+        if isinstance(mask, Tensor) and mask.dim() <= 3 and mask.numel() == places.numel():
+            return mask.to(value.device).view(places).bool()
+        if ids is not None and self._padding_id is not None:
+            return ids != self._padding_id
+        return None
+
+
+class Target:
+    """A tensor inside the model's forward pass that a perturbation is added to.
+
+    `attach(model)` registers the hooks, `detach()` removes them; `record(...)` is one pass.
+    """
+
+    scopes: tuple[str, ...] = ("example", "token")
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._pass: Pass | None = None
+        self._padding_id: int | None = None
+        self.model: nn.Module | None = None
+
+    @property
+    def default_scope(self) -> str:
+        return self.scopes[0]
+
+    def attach(self, model: nn.Module) -> None:
+        """Registers the hooks on the unwrapped `model`; raises ValueError if it does not have the target."""
+        self.detach()
+        if is_compiled(model):
+            # Code compiled earlier does not know of hooks registered now.
+            torch.compiler.reset()
+        self._padding_id = _padding_id(model)
+        self._handles = self._register(model)
+        self.model = model
+
+    def detach(self) -> None:
+        """Removes every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.model, self._pass = [], None, None
+
+    @contextmanager
+    def record(self, batch: Mapping[str, Any], delta: Tensor | None = None, *, gradient: bool) -> Iterator[Pass]:
+        """One pass: inside, the target's tensor is moved by `delta`; the yielded `Pass` says what was met."""
+        self._pass = Pass(delta, gradient, batch, self._padding_id)
+        try:
+            yield self._pass
+        finally:
+            self._pass = None
+
+    def unreached(self, batch: Mapping[str, Any]) -> str:
+        """Why a forward pass on this batch may not have met the target."""
+        return f"The forward pass never reached the target {self}: nothing would be perturbed."
+
+    def _register(self, model: nn.Module) -> list[Any]:
+        raise NotImplementedError
+
+    def _hook(self, model: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+        # A hook keeps state from call to call, which a compiled graph can't: it runs outside of the graph.
+        return torch.compiler.disable(hook) if is_compiled(model) else hook
+
+
+class EmbeddingOutput(Target):
+    """The output of the input token lookup: what reads `word_embeddings`, whatever a model calls it.
+
+    A lookup that has the input embedding's weight, directly or tied, is attacked where it is really called (BART's
+    `get_input_embeddings()` returns a module that its forward never calls). In encoder-decoders only the encoder's
+    lookups are attacked. A tied output head is not touched.
+
+    Args:
+        module: the lookup's module path, or None for `model.get_input_embeddings()`.
+    """
+
+    scopes = SCOPES
+
+    def __init__(self, module: str | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self._inside_encoder = True
+
+    def __str__(self) -> str:
+        return f"'{self.module or 'word_embeddings'}' (the input token lookup)"
+
+    def unreached(self, batch: Mapping[str, Any]) -> str:
+        if batch.get("inputs_embeds") is not None and batch.get("input_ids") is None:
+            return (
+                "The batch holds `inputs_embeds` and no `input_ids`, so the model looks up no tokens and there is "
+                "nothing to perturb at adv_target='word_embeddings'. Write adv_target='inputs_embeds' to perturb that "
+                "tensor."
+            )
+        return super().unreached(batch) + " Name the module that looks the tokens up, as adv_target='path.to.module'."
+
+    def _register(self, model: nn.Module) -> list[Any]:
+        if self.module is not None:
+            lookup, lookups = find_module(model, self.module), [find_module(model, self.module)]
+            handles = []
+        else:
+            lookup = input_embedding(model)
+            encoder = _encoder(model)
+            lookups = shared_lookups(encoder or model, lookup)
+            handles = [] if encoder is None else self._register_encoder(encoder)
+        hook = self._hook(model, self._on_lookup)
+        return handles + [m.register_forward_hook(hook, with_kwargs=True) for m in lookups]
+
+    def _register_encoder(self, encoder: nn.Module) -> list[Any]:
+        self._inside_encoder = False
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._inside_encoder = True
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._inside_encoder = False
+
+        return [
+            encoder.register_forward_pre_hook(enter),
+            encoder.register_forward_hook(leave, always_call=True),
+        ]
+
+    def _on_lookup(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        if self._pass is None or not self._inside_encoder:
+            return None
+        ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
+        return self._pass.meet(output, ids, _vocabulary_size(module))
+
+
+class ModuleOutput(Target):
+    """The output of any module, by its path: latent adversarial training. Of a tuple, the first tensor.
+
+    Args:
+        module: a module path, such as `bert.encoder.layer.3`.
+    """
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        self.module = module
+
+    def __str__(self) -> str:
+        return f"'{self.module}' (a module's output)"
+
+    def _register(self, model: nn.Module) -> list[Any]:
+        module = find_module(model, self.module)
+        return [module.register_forward_hook(self._hook(model, self._on_output))]
+
+    def _on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._pass is None:
+            return None
+        if isinstance(output, Tensor):
+            return self._pass.meet(output)
+        if isinstance(output, tuple) and isinstance(output[0], Tensor):
+            return (self._pass.meet(output[0]), *output[1:])
+        if isinstance(output, Mapping):
+            name = next(k for k, v in output.items() if isinstance(v, Tensor))
+            output[name] = self._pass.meet(output[name])  # type: ignore[index]  # a ModelOutput
+            return output
+        raise TypeError(
+            f"adv_target {self.module!r} returns {type(output).__name__}, in which there is no tensor first. "
+            "Name a module that returns a tensor, or a tuple with one at its head."
+        )
+
+
+class InputTensor(Target):
+    """An input of the model, by its name: `inputs_embeds`, `pixel_values`, `input_values`.
+
+    Args:
+        name: the keyword under which the model's forward takes it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (an input tensor)"
+
+    def _register(self, model: nn.Module) -> list[Any]:
+        hook = self._hook(model, self._on_call)
+        return [model.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._pass is None or kwargs.get(self.name) is None:
+            return None
+        return args, {**kwargs, self.name: self._pass.meet(kwargs[self.name])}
+
+
+INPUT_TENSORS = ("inputs_embeds", "pixel_values", "input_values", "input_features")
+
+
+def find_target(name: str, model: nn.Module) -> Target:
+    """The target that `adv_target` names in `model`.
+
+    Args:
+        name: `word_embeddings`; an input's name (`inputs_embeds`, `pixel_values`, ...); else a module path.
+
+    Raises:
+        ValueError: the model has no such module; near names are listed.
+    """
+    if name == "word_embeddings":
+        input_embedding(model)
+        return EmbeddingOutput()
+    if name in INPUT_TENSORS:
+        return InputTensor(name)
+    module = find_module(model, name)
+    return EmbeddingOutput(name) if _is_lookup(module) else ModuleOutput(name)
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`. Raises ValueError that lists near names."""
+    modules = dict(model.named_modules())
+    modules.pop("", None)
+    if path in modules:
+        return modules[path]
+    ending = [name for name in modules if name.endswith("." + path)]
+    near = (ending or difflib.get_close_matches(path, modules, n=5, cutoff=0.4) or list(modules))[:5]
+    raise ValueError(f"adv_target={path!r}: {type(model).__name__} has no such module. Near names: {', '.join(near)}.")
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The module that holds the input embedding. Raises ValueError where the model names none."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if not isinstance(embedding, nn.Module) or not _is_lookup(embedding):
+        raise ValueError(
+            f"{type(model).__name__} has no token lookup at get_input_embeddings(), so adv_target='word_embeddings' "
+            "means nothing here. Name a module path or an input tensor, such as adv_target='pixel_values'."
+        )
+    return embedding
+
+
+def shared_lookups(model: nn.Module, lookup: nn.Module) -> list[nn.Module]:
+    """The outermost modules in `model` that look tokens up in the weight of `lookup`."""
+    weight = getattr(lookup, "weight", None)
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if module is lookup
+        or (_is_lookup(module) and weight is not None and getattr(module, "weight", None) is weight)
+    }
+    # An adapter's lookup wraps the one that it adapts: only the outer one is hooked.
+    return [m for n, m in named.items() if not any(n.startswith(other + ".") for other in named)]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or to a module inside it."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+
+
+def look(
+    target: Target, batch: Mapping[str, Any], delta: Tensor | None, loss_of: Callable[[], Tensor]
+) -> tuple[Pass, Tensor, Tensor]:
+    """The gradient of the loss with respect to the perturbation alone: no weight gradient is computed or touched.
+
+    Args:
+        target: an attached target.
+        batch: the model's inputs.
+        delta: where the gradient is taken; None for zero.
+        loss_of: runs the forward pass and returns the loss, a scalar.
+
+    Returns:
+        The pass, the gradient dL/d(delta) and the loss. Running statistics of batch norms stay as they are.
+    """
+    with target.record(batch, delta, gradient=True) as seen, torch.enable_grad(), _still_statistics(target.model):
+        loss = loss_of()
+        if not seen.calls:
+            raise RuntimeError(target.unreached(batch))
+        seen.check()
+        seen.forward_done = True
+        gradients = list(torch.autograd.grad(loss, seen.leaves, allow_unused=True))
+        return seen, seen.gradient(gradients), loss.detach()
+
+
+@contextmanager
+def _still_statistics(model: nn.Module | None) -> Iterator[None]:
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training] if model is not None else []
+    tracked = [m.track_running_stats for m in norms]
+    try:
+        for module in norms:
+            module.track_running_stats = False
+        yield
+    finally:
+        for module, flag in zip(norms, tracked, strict=True):
+            module.track_running_stats = flag
+
+
+def _is_lookup(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__ and hasattr(module, "weight")
+
+
+def _vocabulary_size(module: nn.Module) -> int:
+    size = getattr(module, "num_embeddings", None)
+    return int(module.weight.shape[0] if size is None else size)  # type: ignore[union-attr, operator, index, arg-type]
+
+
+def _padding_id(model: nn.Module) -> int | None:
+    padding_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return padding_id if isinstance(padding_id, int) else None
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    for owner in (model, getattr(model, getattr(model, "base_model_prefix", ""), None)):
+        if owner is not None and hasattr(owner, "get_encoder"):
+            encoder = owner.get_encoder()
+            return encoder if isinstance(encoder, nn.Module) else None
+    return None
+
+
+def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(values.detach(), dim=-1, dtype=dtype)
+    if tokens is not None:
+        norms = norms * tokens
+    return norms if norms.dim() < 2 else torch.linalg.vector_norm(norms.flatten(1), dim=1)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return tensors[0]
+    longest = max(t.shape[1] for t in tensors)
+    padded = [torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
+    return torch.cat(padded)
+
+
+def _stack_tokens(tokens: list[Tensor | None], leaves: list[Tensor]) -> Tensor | None:
+    if len(leaves) == 1:
+        return tokens[0]
+    return _stack([leaf.new_ones(leaf.shape[:2]).bool() if t is None else t for t, leaf in zip(tokens, leaves, strict=True)])

@@ -1,0 +1,467 @@
+"""`AdversarialTrainer`: every pass of a step is a `super().training_step` of its own.
+
+A batch enters `training_step`; the attack asks for passes; the target carries the perturbation in and the gradient
+back. Nothing of `Trainer` is copied, and no weight is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.utils import logging
+
+from .arguments import AdversarialArguments, changed_attack_fields
+from .attacks import FGM, Answer, Attack, Look, Train, run
+from .schedule import Schedule
+from .targets import Pass, Target, find_target, look
+
+if TYPE_CHECKING:
+    from .robustness import RobustnessReport
+
+logger = logging.get_logger(__name__)
+
+_STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
+_STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class AdversarialTrainerMixin(_Base):
+    """Goes in front of a `Trainer` subclass: `class MyTrainer(AdversarialTrainerMixin, SFTTrainer)`.
+
+    Args:
+        attack: the attack, where `args` has no `adv_*` flags or leaves those of the attack at their defaults.
+            Without one the flags describe it; with plain `TrainingArguments` it is `FGM(epsilon=1.0)`.
+        target: what is perturbed, in place of `args.adv_target`.
+        *args, **kwargs: `Trainer`'s own.
+
+    Raises:
+        ValueError: `attack` and attack flags are both given.
+    """
+
+    def __init__(self, *args: Any, attack: Attack | None = None, target: str | Target | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        flags = self.args if isinstance(self.args, AdversarialArguments) else None
+        changed = changed_attack_fields(flags)
+        if attack is not None and changed:
+            raise ValueError(
+                f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. Leave one out."
+            )
+        self._announce_default = attack is None and flags is None
+        self.attack: Attack = attack or (flags.make_attack() if flags else FGM(epsilon=1.0))
+        self.schedule: Schedule = flags.make_schedule() if flags else Schedule()
+        self._target: str | Target = target or (flags.adv_target if flags else "word_embeddings")
+        self._same_dropout = flags is not None and flags.adv_same_dropout
+        self._place: Target | None = None
+        self._position = (-1, 0)
+        self._checked_batch = False
+        self._window = _Window()
+        self._watch = _CollapseWatch()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, after every problem of the configuration was looked for.
+
+        Raises:
+            ValueError: one message with all of them.
+        """
+        if self.attack.epsilon == 0:
+            return super().train(*args, **kwargs)
+        self._refuse()
+        if self._announce_default:
+            logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
+        self._window, self._watch, self._checked_batch = _Window(), _CollapseWatch(), False
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._place is not None:
+                self._place.detach()
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One step on a micro-batch: as many passes as the attack asks for, each `super().training_step`.
+
+        Returns:
+            The loss of the first training pass, as `Trainer` reports it: the clean loss wherever there is one.
+        """
+        stock = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        if self.attack.epsilon == 0:
+            return stock()
+        epsilon = self.attack.epsilon * self.schedule.factor(self.state.global_step, self.state.max_steps)
+        place = self._attached(model)
+        if epsilon == 0 and self._checked_batch:
+            return stock()
+        try:
+            if epsilon == 0:
+                return self._check_batch(place, inputs, stock)
+            return self._adversarial_step(place, model, inputs, stock, epsilon, args, kwargs)
+        except BaseException:
+            self._position = (-1, 0)
+            raise
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """`Trainer.log`; the lines of training get the attack's figures as well."""
+        if "loss" in logs and "learning_rate" in logs and self.attack.epsilon > 0:
+            logs = {**logs, **self._window.close(self.accelerator)}
+            self._watch.see(logs["loss"], self.state.global_step, self.schedule, self.state.max_steps)
+            if not math.isfinite(logs.get("adv_loss", 0.0)):
+                logger.warning(f"The adversarial loss is {logs['adv_loss']} in the steps up to {self.state.global_step}.")
+        super().log(logs, *args, **kwargs)
+
+    def evaluate_robustness(self, eval_dataset: Any = None, **kwargs: Any) -> RobustnessReport:
+        """Clean and adversarial accuracy of the model: `robustness.evaluate_robustness` with the Trainer's own parts.
+
+        Every process evaluates the whole data set, so all get the same report.
+
+        Args:
+            eval_dataset: a data set; None for the Trainer's own.
+            **kwargs: `attacks`, `epsilons` and the other arguments of `robustness.evaluate_robustness`.
+        """
+        from .robustness import evaluate_robustness
+
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate_robustness needs a data set: pass eval_dataset here or to the Trainer.")
+        kwargs.setdefault("batch_size", self.args.eval_batch_size)
+        kwargs.setdefault("collate_fn", self.data_collator)
+        kwargs.setdefault("target", self._target)
+        kwargs.setdefault("progress", not self.args.disable_tqdm)
+        kwargs.setdefault("seed", self.args.seed)
+        model = self._inner(self.model_wrapped)
+        model.to(self.args.device)
+        return evaluate_robustness(model, _without_unused(self, dataset), **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """`Trainer.create_model_card`, with a section that names the attack and its settings."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero() or self.attack.epsilon == 0:
+            return
+        rows = self._resolved().settings() | {"target": str(self._target), **vars(self.schedule)}
+        lines = [f"| {name} | {value} |" for name, value in rows.items()]
+        with open(os.path.join(str(self.args.output_dir), "README.md"), "a", encoding="utf-8") as card:
+            card.write("\n".join(["\n## Adversarial training\n", "| setting | value |", "|---|---|", *lines, ""]))
+
+    # One step -----------------------------------------------------------------------------------------------------
+
+    def _adversarial_step(
+        self,
+        place: Target,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        stock: Callable[[], Tensor],
+        epsilon: float,
+        args: Any,
+        kwargs: Any,
+    ) -> Tensor:
+        attack = self._resolved()
+        assert attack.scope is not None
+        random_state = _random_state(self.args.device) if self._same_dropout else None
+        losses: list[Tensor] = []
+        first = self._next_position() == 0
+
+        def train(request: Train, last: bool) -> Answer | None:
+            with ExitStack() as stack:
+                _restore(random_state)
+                stack.enter_context(self._gradients_complete(model, last))
+                seen = stack.enter_context(place.record(inputs, request.delta, gradient=not last))
+                scale = stack.enter_context(self._compute_loss_seen(place, seen, inputs, request.weight))
+                loss = stock() / request.weight
+            losses.append(loss)
+            if request.delta is not None:
+                # Only the perturbation that is trained on last is reported.
+                self._window.perturbed(loss, seen.row_norms() if last else None)
+            if last:
+                return None
+            gradient = seen.gradient([leaf.grad for leaf in seen.leaves])
+            return self._answer(seen, gradient / scale[0], loss, attack.scope or "")
+
+        def look_(request: Look) -> Answer:
+            _restore(random_state)
+            scale: list[Tensor] = []
+            inner = self._inner(model)
+            prepared = self._prepare_inputs(dict(inputs))
+            inner.train()
+
+            def loss_of() -> Tensor:
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
+                loss.register_hook(scale.append)
+                scaler = self.accelerator.scaler
+                return loss if scaler is None else scaler.scale(loss)
+
+            seen, gradient, loss = look(place, inputs, request.delta, loss_of)
+            return self._answer(seen, gradient / scale[0], loss, attack.scope or "")
+
+        self._window.begin(first, self.args.device)
+        run(attack, epsilon, self._seed(), train, look_)
+        self._checked_batch = True
+        return losses[0]
+
+    def _answer(self, seen: Pass, gradient: Tensor, loss: Tensor, scope: str) -> Answer:
+        self._window.gradient(gradient)
+        return Answer(gradient, seen.units(scope), loss)
+
+    def _check_batch(self, place: Target, inputs: Mapping[str, Any], stock: Callable[[], Tensor]) -> Tensor:
+        """The first batch is checked even where the attack starts later."""
+        with place.record(inputs, gradient=False) as seen, self._compute_loss_seen(place, seen, inputs, 1.0):
+            loss = stock()
+        self._checked_batch = True
+        return loss
+
+    @contextmanager
+    def _compute_loss_seen(
+        self, place: Target, seen: Pass, inputs: Mapping[str, Any], weight: float
+    ) -> Iterator[list[Tensor]]:
+        """Weights the loss, and yields a list that receives d(what backward starts from) / d(loss).
+
+        That factor holds whatever the engine multiplies in: accumulation, GradScaler, DeepSpeed's loss scale, the
+        weight. `compute_loss` is wrapped on the instance, so overrides above and below this class are all inside.
+        """
+        scale: list[Tensor] = []
+        compute_loss = self.compute_loss
+        own = vars(self).get("compute_loss")
+
+        @functools.wraps(compute_loss)
+        def weighted(*args: Any, **kwargs: Any) -> Any:
+            result = compute_loss(*args, **kwargs)
+            if not seen.calls:
+                raise RuntimeError(place.unreached(inputs))
+            seen.check()
+            seen.forward_done = True
+            loss = result[0] if isinstance(result, tuple) else result
+            if loss.requires_grad:
+                loss.register_hook(scale.append)
+            loss = loss * weight
+            return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+        self.compute_loss = weighted  # type: ignore[method-assign]
+        try:
+            yield scale
+        finally:
+            if own is None:
+                del self.compute_loss
+            else:
+                self.compute_loss = own  # type: ignore[method-assign]
+
+    @contextmanager
+    def _gradients_complete(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """All passes but the last keep their gradients to themselves.
+
+        DeepSpeed's backward steps the optimizer whenever `sync_gradients` is set; DDP reduces gradients in every
+        backward outside of `no_sync`. (FSDP2's own no_sync would keep the whole gradients in memory.)
+        """
+        if last:
+            yield
+            return
+        sync = self.accelerator.sync_gradients
+        bare = getattr(model, "_orig_mod", model)
+        with bare.no_sync() if isinstance(bare, DistributedDataParallel) else ExitStack():
+            self.accelerator.sync_gradients = False
+            try:
+                yield
+            finally:
+                self.accelerator.sync_gradients = sync
+
+    # Preparation --------------------------------------------------------------------------------------------------
+
+    def _attached(self, model: nn.Module) -> Target:
+        """The target, its hooks on the model that is being trained."""
+        inner = self._inner(model)
+        if self._place is None or self._place.model is not inner:
+            if self._place is not None:
+                self._place.detach()
+            place = self._target if isinstance(self._target, Target) else find_target(self._target, inner)
+            place.attach(inner)
+            self._place = place
+        return self._place
+
+    def _inner(self, model: nn.Module) -> nn.Module:
+        """The model inside the wrappers of the engine and of torch.compile, its autocast kept."""
+        inner = self.accelerator.unwrap_model(model)
+        inner = getattr(inner, "_orig_mod", inner)
+        assert isinstance(inner, nn.Module)
+        return inner
+
+    def _resolved(self) -> Attack:
+        """The attack with its scope settled: asked for, else the method's default, else the target's."""
+        if self.attack.scope is not None:
+            return self.attack
+        scopes = self._place.scopes if self._place is not None else ("vocabulary",)
+        default = self.attack.default_scope
+        return replace(self.attack, scope=default if default in scopes else scopes[0])
+
+    def _next_position(self) -> int:
+        """The index of this micro-batch in its optimizer step, on this process."""
+        step, index = self._position
+        index = index + 1 if step == self.state.global_step else 0
+        self._position = (self.state.global_step, index)
+        return index
+
+    def _seed(self) -> int:
+        """Differs by seed, step and micro-batch over all ranks: N processes draw as accumulation over N does."""
+        world = self.accelerator.num_processes
+        step, index = self._position
+        batch = index * world + self.accelerator.process_index
+        return hash((self.args.seed, step, batch)) % 2**63
+
+    def _refuse(self) -> None:
+        problems = []
+        model = self.model
+        if model is not None and not isinstance(self._target, Target):
+            try:
+                place = find_target(self._target, self._inner(model))
+                if self.attack.scope is not None and self.attack.scope not in place.scopes:
+                    problems.append(
+                        f"adv_scope {self.attack.scope!r} does not exist at adv_target {place}; "
+                        f"choose one of: {', '.join(place.scopes)}."
+                    )
+            except ValueError as error:
+                problems.append(str(error))
+        if self.args.n_gpu > 1:
+            problems.append(
+                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs is not supported: its replicas carry no hooks' "
+                "state. Start one process a GPU: `accelerate launch script.py ...` or `torchrun --nproc_per_node "
+                f"{self.args.n_gpu} script.py ...`."
+            )
+        optimizer = str(getattr(self.args.optim, "value", self.args.optim))
+        if any(part in optimizer for part in _STEPS_IN_BACKWARD):
+            problems.append(
+                f"optim={optimizer!r} steps inside the backward pass, so the clean pass would change the weights "
+                "before the adversarial one. Choose an optimizer that steps afterwards, such as optim='adamw_torch'."
+            )
+        twice = [c.__name__ for c in type(self).__mro__ if c.__name__ in _STEPS_TWICE]
+        if twice:
+            problems.append(f"{twice[0]} counts its training steps, so running a step's passes twice breaks it.")
+        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
+        reentrant = checkpointing.get("use_reentrant", _reentrant_by_default())
+        needs_look = self.attack.looks or self.attack.clean_weight == 0
+        if self.args.gradient_checkpointing and reentrant and needs_look:
+            problems.append(
+                f"{self.attack.name!r} takes gradients with respect to the perturbation alone, which reentrant gradient "
+                "checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
+            problems.append("DeepSpeed needs accelerate >= 1.9, where a backward pass need not step the optimizer.")
+        if problems:
+            raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
+
+
+class AdversarialTrainer(AdversarialTrainerMixin, Trainer):
+    """`Trainer` with adversarial training: swap the name, pass `--adv_epsilon`."""
+
+
+class AdversarialSeq2SeqTrainer(AdversarialTrainerMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with adversarial training; the encoder's input is attacked."""
+
+
+class _Window:
+    """What the steps since the last log line add up to, on the device: nothing is read before the line is written."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._sums: Tensor | None = None
+        self._bad: list[Tensor] = []
+
+    def begin(self, first: bool, device: torch.device) -> None:
+        """A micro-batch is attacked; `first` where it is the first of its optimizer step."""
+        if self._sums is None:
+            self._sums = torch.zeros(4, dtype=torch.float32, device=device)
+        if first or not self._bad:
+            self._steps += 1
+            self._bad.append(torch.zeros((), dtype=torch.float32, device=device))
+
+    def gradient(self, gradient: Tensor) -> None:
+        self._bad[-1] = torch.maximum(self._bad[-1], (~torch.isfinite(gradient).all()).float())
+
+    def perturbed(self, loss: Tensor, norms: tuple[Tensor, Tensor] | None) -> None:
+        assert self._sums is not None
+        self._sums[0] += loss
+        if norms is not None:
+            values, deltas = norms
+            ratios = torch.where(values > 0, deltas / values, 0.0)
+            self._sums[1:] += torch.stack([deltas.sum(), ratios.sum(), deltas.new_tensor(len(deltas))])
+
+    def close(self, accelerator: Any) -> dict[str, float]:
+        """The figures of the window, over all processes; nothing where no step was attacked."""
+        if self._sums is None:
+            return {}
+        both = accelerator.reduce(torch.cat([self._sums, torch.stack(self._bad)]), reduction="sum").tolist()
+        loss, delta, ratio, rows = both[:4]
+        figures = {
+            "adv_loss": loss / self._steps / accelerator.num_processes,
+            "adv_delta_norm": delta / max(rows, 1),
+            "adv_delta_ratio": ratio / max(rows, 1),
+            "adv_skipped": float(sum(bad > 0 for bad in both[4:])),
+        }
+        self.__init__()  # type: ignore[misc]
+        return figures
+
+
+class _CollapseWatch:
+    """Says aloud, once, that a run does not learn: its clean loss is where it was in the first window."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._said = False
+
+    def see(self, loss: float, step: int, schedule: Schedule, total: int) -> None:
+        if self._first is None:
+            self._first = loss
+            return
+        settled = step >= schedule.warm(total) + total / 10
+        if self._said or not settled or loss < 0.95 * self._first:
+            return
+        self._said = True
+        logger.warning(
+            f"Collapse? After {step} of {total} steps the clean loss is {loss:.4g}, and it was {self._first:.4g} in the "
+            "first logging window: the model does not learn. A perturbation that is too large from the start does "
+            "this. Try a smaller adv_epsilon, a rise over adv_warmup=0.5 of training, or a smaller learning rate."
+        )
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None, torch.device]:
+    own = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
+    return torch.get_rng_state(), own, device
+
+
+def _restore(state: tuple[Tensor, Tensor | None, torch.device] | None) -> None:
+    if state is None:
+        return
+    cpu, own, device = state
+    torch.set_rng_state(cpu)
+    if own is not None:
+        torch.get_device_module(device).set_rng_state(own, device)
+
+
+def _loss_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """`training_step`'s further arguments, for `compute_loss`: v4 and v5 pass num_items_in_batch, by place or name."""
+    return {"num_items_in_batch": args[0]} if args else dict(kwargs)
+
+
+def _without_unused(trainer: Any, dataset: Any) -> Any:
+    """The data set without the columns that the model does not take, as `Trainer.evaluate` would see it."""
+    remove = trainer._remove_unused_columns
+    return remove(dataset, description="evaluation") if hasattr(dataset, "column_names") else dataset
+
+
+def _reentrant_by_default() -> bool:
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) < 5
+
+
+def _deepspeed_can_wait() -> bool:
+    import inspect
+
+    from accelerate.utils import DeepSpeedEngineWrapper
+
+    return "sync_gradients" in inspect.signature(DeepSpeedEngineWrapper.backward).parameters
