@@ -1,0 +1,288 @@
+"""For hand-written loops: the snippet's interface done right, and the driver for accelerate loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import attacks, geometry
+from .attacks import Answer, Look, Train, run
+from .targets import Target, find_target, input_embedding, look, shared_lookups
+
+
+class FGM:
+    """FGM on the lookup's weight, with the interface of the snippet that circulates: changing the import is all.
+
+    ```python
+    fgm = FGM(model)
+    for batch in loader:
+        model(**batch).loss.backward()
+        fgm.attack()                       # moves rows of the input embedding, in place
+        model(**batch).loss.backward()     # gradients add up
+        fgm.restore()                      # bit for bit as before
+        optimizer.step()
+        optimizer.zero_grad()
+    ```
+
+    `with fgm.attack(): ...` restores whatever happens. Unlike the snippet, the direction is the gradient of the last
+    backward pass alone, not of what `weight.grad` has accumulated, and only rows that were looked up are touched and
+    kept. It works on a frozen embedding, and finds the input embedding of any model.
+
+    Args:
+        model: the model, before any wrapper. Make the `FGM` before the first forward pass: a hook on the lookup
+            records the gradient. `close()` removes it.
+
+    Raises:
+        ValueError: the model has no lookup, its weight is tied to another module (an in-place write would move that
+            one too), or the weight is sharded over processes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        lookup = input_embedding(model)
+        self._model = model
+        self._weight: Tensor = lookup.weight  # type: ignore[assignment]
+        self._padding: int | None = getattr(lookup, "padding_idx", None)
+        lookups = shared_lookups(model, lookup)
+        self._refuse(model, lookups)
+        self._met: list[tuple[Tensor, Tensor]] = []
+        self._fresh = False
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._handles = [m.register_forward_hook(self._on_lookup, with_kwargs=True) for m in lookups]
+
+    def attack(self, epsilon: float = 1.0, emb_name: str | None = None) -> FGM:
+        """Moves the rows of the input embedding by epsilon * G / ||G||_F, G the last backward pass's gradient.
+
+        Args:
+            epsilon: the Frobenius norm of the whole perturbation.
+            emb_name: a part of the weight's name, as in the snippet; None finds it.
+
+        Returns:
+            Itself, for `with`.
+
+        Raises:
+            ValueError: `emb_name` matches nothing, or more than the lookup's weight.
+            RuntimeError: a second attack before `restore()`, or no backward pass since the last one.
+        """
+        if self._kept is not None:
+            raise RuntimeError("attack() was called twice: call restore() before the next attack.")
+        if emb_name is not None:
+            self._check_name(emb_name)
+        if not self._met:
+            raise RuntimeError(
+                "attack() needs a backward pass through the token lookup first: make FGM(model) before the forward "
+                "pass, and call loss.backward() before attack()."
+            )
+        ids = torch.cat([i.flatten() for i, _ in self._met])
+        gradients = torch.cat([g.flatten(0, -2) for _, g in self._met])
+        rows, place = ids.unique(return_inverse=True)
+        pooled = gradients.new_zeros(len(rows), gradients.shape[-1]).index_add_(0, place, gradients)
+        if self._padding is not None:
+            # The weight's own gradient is zero at the padding row.
+            pooled[rows == self._padding] = 0
+        delta = epsilon * geometry.ascent(pooled[None], "l2", geometry.Units("example"))[0]
+        with torch.no_grad():
+            self._kept = rows, self._weight[rows].clone()
+            self._weight[rows] += delta.to(self._weight.dtype)
+        return self
+
+    def restore(self) -> None:
+        """Puts the rows back, bit for bit. Raises RuntimeError without an attack."""
+        if self._kept is None:
+            raise RuntimeError("restore() without attack(): there is nothing to put back.")
+        rows, values = self._kept
+        with torch.no_grad():
+            self._weight[rows] = values
+        self._kept, self._met, self._fresh = None, [], False
+
+    def close(self) -> None:
+        """Puts back what is moved and removes the hook."""
+        if self._kept is not None:
+            self.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> FGM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._kept is not None:
+            self.restore()
+
+    def _on_lookup(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        if not torch.is_grad_enabled() or self._kept is not None:
+            return None
+        if self._fresh:
+            # The first forward pass after a backward pass: what that one left is of no use any more.
+            self._met, self._fresh = [], False
+        ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
+        if not output.requires_grad:
+            # A frozen embedding, as under LoRA: its output is where the gradient starts to matter.
+            output = output.detach().requires_grad_()
+
+        def keep(gradient: Tensor) -> None:
+            self._fresh = True
+            self._met.append((ids, gradient.detach()))
+
+        output.register_hook(keep)
+        return output
+
+    def _check_name(self, emb_name: str) -> None:
+        names = [n for n, _ in self._model.named_parameters(remove_duplicate=False)]
+        matched = {n: p for n, p in self._model.named_parameters() if emb_name in n}
+        own = [n for n, p in self._model.named_parameters() if p is self._weight]
+        if list(matched) != own:
+            found = ", ".join(matched) or "nothing"
+            raise ValueError(
+                f"emb_name={emb_name!r} must match the input embedding's weight alone, {', '.join(own)}; it matches "
+                f"{found}. Leave emb_name out, or choose among: {', '.join(n for n in names if 'emb' in n or n in own)}."
+            )
+
+    def _refuse(self, model: nn.Module, lookups: list[nn.Module]) -> None:
+        inside = {id(child) for m in lookups for child in m.modules()}
+        tied = [
+            n
+            for n, m in model.named_modules()
+            if id(m) not in inside and any(p is self._weight for p in m.parameters(recurse=False))
+        ]
+        if tied:
+            raise ValueError(
+                f"The input embedding's weight is tied to {', '.join(tied)}: moving it in place would move that too. "
+                "Use fgm_trainer.raw.Adversary or AdversarialTrainer, which perturb the lookup alone."
+            )
+        if hasattr(self._weight, "ds_id") or hasattr(self._weight, "device_mesh"):
+            raise ValueError(
+                "The input embedding's weight is sharded over processes, so its rows can't be moved in place. "
+                "Use fgm_trainer.raw.Adversary or AdversarialTrainer."
+            )
+
+
+class Adversary:
+    """The driver of an attack for a loop of your own, with or without accelerate.
+
+    ```python
+    adversary = Adversary(model, FGM(epsilon=1.0), accelerator=accelerator)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = adversary.backward(batch)   # in place of: loss = model(**batch).loss; accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
+
+    Args:
+        model: the model, as `accelerator.prepare` returned it.
+        attack: the attack.
+        target: what is perturbed, as `adv_target`.
+        accelerator: the `accelerate.Accelerator`; None for a plain loop on one process.
+        seed: of whatever the attack draws.
+
+    Raises:
+        ValueError: the model does not have the target, or the scope does not exist there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attack: attacks.Attack,
+        *,
+        target: str | Target = "word_embeddings",
+        accelerator: Any = None,
+        seed: int = 0,
+    ) -> None:
+        self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed
+        inner = model if accelerator is None else accelerator.unwrap_model(model)
+        self._inner: nn.Module = getattr(inner, "_orig_mod", inner)
+        self._place = target if isinstance(target, Target) else find_target(target, self._inner)
+        default = attack.default_scope if attack.default_scope in self._place.scopes else self._place.default_scope
+        self._scope = attack.scope or default
+        if self._scope not in self._place.scopes:
+            raise ValueError(
+                f"scope {self._scope!r} does not exist at {self._place}; choose one of {', '.join(self._place.scopes)}."
+            )
+        self._place.attach(self._inner)
+        self._count = 0
+
+    def backward(
+        self,
+        batch: Mapping[str, Any],
+        loss_of: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+        *,
+        epsilon: float | None = None,
+    ) -> Tensor:
+        """All passes of one micro-batch; afterwards the weights' gradients are complete.
+
+        Args:
+            batch: the model's inputs.
+            loss_of: (model, batch) -> the loss; None for `model(**batch).loss`.
+            epsilon: this step's epsilon; None for the attack's. 0 makes one stock pass.
+
+        Returns:
+            The loss of the first training pass, detached.
+        """
+        loss_of = loss_of or _model_loss
+        epsilon = self._attack.epsilon if epsilon is None else epsilon
+        losses: list[Tensor] = []
+
+        def train(request: Train, last: bool) -> Answer | None:
+            scale: list[Tensor] = []
+            with self._gradients_complete(last), self._place.record(batch, request.delta, gradient=not last) as seen:
+                loss = loss_of(self._model, batch)
+                if not seen.calls:
+                    raise RuntimeError(self._place.unreached(batch))
+                seen.check()
+                seen.forward_done = True
+                loss.register_hook(scale.append)
+                self._backward(loss * request.weight)
+            losses.append(loss.detach())
+            if last:
+                return None
+            gradient = seen.gradient([leaf.grad for leaf in seen.leaves])
+            return Answer(gradient / scale[0], seen.units(self._scope), loss.detach())
+
+        def look_(request: Look) -> Answer:
+            seen, gradient, loss = look(self._place, batch, request.delta, lambda: loss_of(self._inner, batch))
+            return Answer(gradient, seen.units(self._scope), loss)
+
+        if epsilon == 0:
+            loss = loss_of(self._model, batch)
+            self._backward(loss)
+            return loss.detach()
+        self._count += 1
+        run(self._attack, epsilon, hash((self._seed, self._count, self._rank())) % 2**63, train, look_)
+        return losses[0]
+
+    def close(self) -> None:
+        """Removes the hooks."""
+        self._place.detach()
+
+    def _rank(self) -> int:
+        return 0 if self._accelerator is None else int(self._accelerator.process_index)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._accelerator is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._accelerator.backward(loss)
+
+    def _gradients_complete(self, last: bool) -> ExitStack:
+        """All passes but the last keep their gradients to themselves (see `trainer`)."""
+        stack = ExitStack()
+        if last or self._accelerator is None:
+            return stack
+        bare = getattr(self._model, "_orig_mod", self._model)
+        if isinstance(bare, DistributedDataParallel):
+            stack.enter_context(bare.no_sync())
+        stack.callback(setattr, self._accelerator, "sync_gradients", self._accelerator.sync_gradients)
+        self._accelerator.sync_gradients = False
+        return stack
+
+
+def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    loss: Tensor = model(**batch).loss
+    return loss

@@ -1,0 +1,282 @@
+"""Accuracy under attack over a grid of epsilons: deterministic, in eval mode, gradients left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attacks import FGM, PGD, Answer, Attack, Look, Noise, Train, run
+from .targets import Target, find_target, look
+
+ATTACKS_TO_TRY: tuple[Attack, ...] = (Noise(), FGM(), PGD(steps=10))
+EPSILONS = (0.1, 0.2, 0.4)
+
+
+@dataclass(frozen=True)
+class RobustnessReport:
+    """What `evaluate_robustness` measured.
+
+    Args:
+        examples: how many examples were evaluated.
+        epsilons: the grid, ascending.
+        clean: the score without attack: accuracy, or for regression the mean squared error.
+        scores: by attack, the score at each epsilon; it never improves as epsilon grows.
+        metric: `accuracy` or `squared_error`.
+        clean_pearson: regression only: Pearson's correlation without attack.
+        pearson: regression only: by attack, Pearson's correlation at each epsilon.
+    """
+
+    examples: int
+    epsilons: tuple[float, ...]
+    clean: float
+    scores: dict[str, tuple[float, ...]]
+    metric: str = "accuracy"
+    clean_pearson: float | None = None
+    pearson: dict[str, tuple[float, ...]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return asdict(self)
+
+    def metrics(self, prefix: str = "robust") -> dict[str, float]:
+        """The report as flat figures by name, such as `robust_pgd-10_0.2`, for logs and `all_results.json`."""
+        flat = {f"{prefix}_{a}_{e:g}": s for a, row in self.scores.items() for e, s in zip(self.epsilons, row, strict=True)}
+        return {f"{prefix}_clean": self.clean, **flat}
+
+
+@dataclass
+class _Outcome:
+    """The examples of one attack so far. A fallen example stays fallen at every larger epsilon."""
+
+    right: Tensor
+    error: Tensor
+    prediction: Tensor
+
+
+def evaluate_robustness(
+    model: nn.Module,
+    dataset: Any,
+    attacks: Sequence[Attack] = ATTACKS_TO_TRY,
+    epsilons: Sequence[float] = EPSILONS,
+    *,
+    target: str | Target = "word_embeddings",
+    batch_size: int = 32,
+    collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> RobustnessReport:
+    """Clean accuracy and accuracy under each attack at each epsilon.
+
+    An example that the model gets wrong without attack counts as wrong at every epsilon, and one that fell at some
+    epsilon counts as wrong at every larger one, so no curve rises; such examples are not attacked again. The attacks
+    work in scope `example` unless they name another.
+
+    Args:
+        model: a classifier, (examples, classes) logits, or a regression model, one number an example; with labels
+            in the batch it must return a loss.
+        dataset: examples for `collate_fn`, with `labels`.
+        attacks: the attacks; each one's own epsilon is replaced by the grid's.
+        epsilons: 0 or more, any order.
+        target: what is perturbed, as `adv_target`.
+        batch_size: examples a batch.
+        collate_fn: makes a batch of a list of examples; None for transformers' `default_data_collator`.
+        seed: of whatever an attack draws.
+        progress: show a bar.
+
+    Returns:
+        A `RobustnessReport`. The model's weights, `.grad`s, mode and hooks are as before.
+
+    Raises:
+        ValueError: bad epsilons, no attack, an empty data set, labels or logits of another shape.
+    """
+    grid = _check_grid(epsilons, attacks, dataset)
+    model = getattr(model, "_orig_mod", model)
+    place = target if isinstance(target, Target) else find_target(target, model)
+    attacks = [a if a.scope is not None else replace(a, scope="example") for a in attacks]
+    names = _names(attacks)
+    scores: dict[str, list[list[_Outcome]]] = {name: [[] for _ in grid] for name in names}
+    clean: list[_Outcome] = []
+    labels: list[Tensor] = []
+    with _evaluating(model, place):
+        batches = list(_batches(dataset, batch_size, collate_fn))
+        for number, batch in enumerate(_bar(batches, progress)):
+            batch = _on_device(batch, model)
+            outcome = _judge(_logits(model, batch), batch["labels"])
+            clean.append(outcome)
+            labels.append(batch["labels"].flatten().cpu())
+            for name, attack in zip(names, attacks, strict=True):
+                now = outcome
+                for i, epsilon in enumerate(grid):
+                    now = _attacked(model, place, batch, attack, epsilon, now, seed + number)
+                    scores[name][i].append(now)
+    return _report(clean, scores, torch.cat(labels), grid)
+
+
+def _attacked(
+    model: nn.Module, place: Target, batch: Mapping[str, Any], attack: Attack, epsilon: float, now: _Outcome, seed: int
+) -> _Outcome:
+    """The outcome at this epsilon: the examples that still stand are attacked, the others stay as they are."""
+    standing = now.right.nonzero().flatten()
+    if not len(standing) or epsilon == 0:
+        return now
+    part = _rows(batch, standing, len(now.right))
+    after = _judge(_logits_under(model, place, part, attack, epsilon, seed), part["labels"])
+    worse = after.error > now.error[standing]
+    right, error, prediction = now.right.clone(), now.error.clone(), now.prediction.clone()
+    right[standing] = after.right
+    error[standing] = torch.where(worse, after.error, now.error[standing])
+    prediction[standing] = torch.where(worse, after.prediction, now.prediction[standing])
+    return _Outcome(right, error, prediction)
+
+
+def _logits_under(
+    model: nn.Module, place: Target, batch: Mapping[str, Any], attack: Attack, epsilon: float, seed: int
+) -> Tensor:
+    """The logits at the perturbation that the attack ends with."""
+    logits: list[Tensor] = []
+    scope = attack.scope or place.default_scope
+
+    def look_(request: Look | Train) -> Answer:
+        seen, gradient, loss = look(place, batch, request.delta, lambda: _loss(model, batch))
+        return Answer(gradient, seen.units(scope), loss)
+
+    def train(request: Train, last: bool) -> Answer | None:
+        if not last:
+            return look_(request)
+        with place.record(batch, request.delta, gradient=False) as seen:
+            logits.append(_logits(model, batch))
+            seen.check()
+            if not seen.calls:
+                raise RuntimeError(place.unreached(batch))
+        return None
+
+    run(replace(attack, weight=1.0, clean_weight=1.0), epsilon, seed, train, look_)
+    return logits[0]
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    outputs = model(**batch)
+    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    outputs = model(**batch)
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+    labels = batch["labels"]
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or labels.numel() != len(logits):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            "Robustness is measured for one label an example: logits (examples, classes) and labels (examples,); found "
+            f"logits {shape} and labels {tuple(labels.shape)}."
+        )
+    return logits
+
+
+def _judge(logits: Tensor, labels: Tensor) -> _Outcome:
+    """Regression (one logit): nothing falls, the error counts. Classification: the error is 0 or 1."""
+    if logits.shape[1] == 1:
+        prediction = logits[:, 0].float()
+        error = (prediction - labels.flatten()).square()
+        return _Outcome(torch.ones_like(error, dtype=torch.bool), error, prediction)
+    prediction = logits.argmax(dim=1)
+    right = prediction == labels.flatten()
+    return _Outcome(right, (~right).float(), prediction.float())
+
+
+def _report(
+    clean: list[_Outcome], scores: dict[str, list[list[_Outcome]]], labels: Tensor, grid: tuple[float, ...]
+) -> RobustnessReport:
+    regression = labels.is_floating_point()
+
+    def score(outcomes: list[_Outcome]) -> float:
+        error = torch.cat([o.error for o in outcomes]).double().mean().item()
+        return error if regression else 1.0 - error
+
+    def pearson(outcomes: list[_Outcome]) -> float:
+        prediction = torch.cat([o.prediction for o in outcomes]).double().cpu()
+        return torch.corrcoef(torch.stack([prediction, labels.double()]))[0, 1].item()
+
+    return RobustnessReport(
+        examples=len(labels),
+        epsilons=grid,
+        clean=score(clean),
+        scores={name: tuple(score(o) for o in rows) for name, rows in scores.items()},
+        metric="squared_error" if regression else "accuracy",
+        clean_pearson=pearson(clean) if regression else None,
+        pearson={name: tuple(pearson(o) for o in rows) for name, rows in scores.items()} if regression else None,
+    )
+
+
+def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack], dataset: Any) -> tuple[float, ...]:
+    problems = []
+    if not attacks:
+        problems.append("there is no attack: pass at least one, such as FGM().")
+    bad = [e for e in epsilons if not (isinstance(e, (int, float)) and 0 <= e < float("inf"))]
+    if bad or not epsilons:
+        problems.append(f"epsilons must be finite numbers, 0 or more, at least one; found {list(epsilons)!r}.")
+    if not len(dataset):
+        problems.append("the data set is empty.")
+    if problems:
+        raise ValueError("Robustness can't be evaluated: " + " ".join(problems))
+    return tuple(sorted(float(e) for e in set(epsilons)))
+
+
+def _names(attacks: Sequence[Attack]) -> list[str]:
+    """A short name for each attack: the method, its steps, and whatever is needed to tell them apart."""
+    names = [a.name + (f"-{a.steps}" if isinstance(a, PGD) else "") for a in attacks]
+    return [n if names.count(n) == 1 else f"{n} ({a.norm}, {a.scope}, #{i})" for i, (n, a) in enumerate(zip(names, attacks, strict=True))]
+
+
+def _batches(dataset: Any, size: int, collate_fn: Any) -> Iterator[Mapping[str, Any]]:
+    if collate_fn is None:
+        from transformers import default_data_collator as collate_fn
+    for start in range(0, len(dataset), size):
+        batch = collate_fn([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+        if "labels" not in batch:
+            raise ValueError(f"Robustness needs `labels` in every batch; found {', '.join(batch)}.")
+        yield batch
+
+
+def _bar(batches: list[Any], progress: bool) -> Any:
+    if not progress:
+        return batches
+    from tqdm.auto import tqdm
+
+    return tqdm(batches, desc="robustness")
+
+
+def _rows(batch: Mapping[str, Any], chosen: Tensor, size: int) -> dict[str, Any]:
+    return {
+        k: v[chosen.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
+        for k, v in batch.items()
+    }
+
+
+def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def _evaluating(model: nn.Module, place: Target) -> Iterator[None]:
+    """Eval mode and hooks, and every module's own mode and no hooks afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    attached = place.model is model
+    try:
+        model.eval()
+        if not attached:
+            place.attach(model)
+        yield
+    finally:
+        if not attached:
+            place.detach()
+        for module, mode in modes:
+            module.training = mode
