@@ -94,7 +94,9 @@ class AdversarialArguments:
                 self.adv_kwargs = None
         problems += _problems(self)
         if problems:
-            raise ValueError("\n".join(["Adversarial training can't be configured like this:", *map("- ".__add__, problems)]))
+            raise ValueError(
+                "\n".join(["Adversarial training can't be configured like this:", *map("- ".__add__, problems)])
+            )
 
     def make_attack(self) -> Attack:
         """The attack that the flags describe."""
@@ -116,7 +118,7 @@ class AdversarialTrainingArguments(TrainingArguments, AdversarialArguments):
     """
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         AdversarialArguments.__post_init__(self)
 
 
@@ -125,7 +127,7 @@ class AdversarialSeq2SeqTrainingArguments(Seq2SeqTrainingArguments, AdversarialA
     """`Seq2SeqTrainingArguments` and the adversarial flags."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         AdversarialArguments.__post_init__(self)
 
 

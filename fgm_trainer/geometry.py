@@ -64,11 +64,13 @@ class Units:
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest absolute value of each unit, in a shape that broadcasts against `values`; NaN stays NaN."""
-        return torch.linalg.vector_norm(values, ord=math.inf, dim=self._dims(values), keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(values, ord=math.inf, dim=self._dims(values), keepdim=True)
+        return norm
 
     def euclidean(self, values: Tensor) -> Tensor:
         """The Euclidean norm of each unit, every member counted once, in a shape that broadcasts against `values`."""
-        return torch.linalg.vector_norm(self._only(self._once(), values), dim=self._dims(values), keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(self._only(self._once(), values), dim=self._dims(values), keepdim=True)
+        return norm
 
     def _dims(self, values: Tensor) -> tuple[int, ...]:
         first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]

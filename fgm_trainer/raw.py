@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -140,8 +140,9 @@ class FGM:
         if list(matched) != own:
             found = ", ".join(matched) or "nothing"
             raise ValueError(
-                f"emb_name={emb_name!r} must match the input embedding's weight alone, {', '.join(own)}; it matches "
-                f"{found}. Leave emb_name out, or choose among: {', '.join(n for n in names if 'emb' in n or n in own)}."
+                f"emb_name={emb_name!r} must match the input embedding's weight alone, {', '.join(own)}; "
+                f"it matches {found}. "
+                f"Leave emb_name out, or choose among: {', '.join(n for n in names if 'emb' in n or n in own)}."
             )
 
     def _refuse(self, model: nn.Module, lookups: list[nn.Module]) -> None:
@@ -231,7 +232,8 @@ class Adversary:
 
         def train(request: Train, last: bool) -> Answer | None:
             scale: list[Tensor] = []
-            with self._gradients_complete(last), self._place.record(batch, request.delta, gradient=not last) as seen:
+            local = nullcontext() if last else gradients_stay_local(self._accelerator, self._model)
+            with local, self._place.record(batch, request.delta, gradient=not last) as seen:
                 loss = loss_of(self._model, batch)
                 if not seen.calls:
                     raise RuntimeError(self._place.unreached(batch))
@@ -266,21 +268,33 @@ class Adversary:
 
     def _backward(self, loss: Tensor) -> None:
         if self._accelerator is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         else:
             self._accelerator.backward(loss)
 
-    def _gradients_complete(self, last: bool) -> ExitStack:
-        """All passes but the last keep their gradients to themselves (see `trainer`)."""
-        stack = ExitStack()
-        if last or self._accelerator is None:
-            return stack
-        bare = getattr(self._model, "_orig_mod", self._model)
-        if isinstance(bare, DistributedDataParallel):
-            stack.enter_context(bare.no_sync())
-        stack.callback(setattr, self._accelerator, "sync_gradients", self._accelerator.sync_gradients)
-        self._accelerator.sync_gradients = False
-        return stack
+
+@contextmanager
+def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
+    """For all passes of a step but the last: gradients add up on this process, and no optimizer steps.
+
+    DeepSpeed's backward steps the optimizer whenever `sync_gradients` is set; DDP reduces gradients in every backward
+    outside of `no_sync`. (FSDP2's own no_sync would keep the whole gradients in memory, so it is left alone.)
+
+    Args:
+        accelerator: the `accelerate.Accelerator`, or None.
+        model: the model as the accelerator prepared it.
+    """
+    if accelerator is None:
+        yield
+        return
+    bare = getattr(model, "_orig_mod", model)
+    sync = accelerator.sync_gradients
+    with bare.no_sync() if isinstance(bare, DistributedDataParallel) else nullcontext():
+        accelerator.sync_gradients = False
+        try:
+            yield
+        finally:
+            accelerator.sync_gradients = sync
 
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -45,7 +45,9 @@ class RobustnessReport:
 
     def metrics(self, prefix: str = "robust") -> dict[str, float]:
         """The report as flat figures by name, such as `robust_pgd-10_0.2`, for logs and `all_results.json`."""
-        flat = {f"{prefix}_{a}_{e:g}": s for a, row in self.scores.items() for e, s in zip(self.epsilons, row, strict=True)}
+        flat = {
+            f"{prefix}_{a}_{e:g}": s for a, row in self.scores.items() for e, s in zip(self.epsilons, row, strict=True)
+        }
         return {f"{prefix}_clean": self.clean, **flat}
 
 
@@ -232,7 +234,10 @@ def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack], dataset: A
 def _names(attacks: Sequence[Attack]) -> list[str]:
     """A short name for each attack: the method, its steps, and whatever is needed to tell them apart."""
     names = [a.name + (f"-{a.steps}" if isinstance(a, PGD) else "") for a in attacks]
-    return [n if names.count(n) == 1 else f"{n} ({a.norm}, {a.scope}, #{i})" for i, (n, a) in enumerate(zip(names, attacks, strict=True))]
+    return [
+        n if names.count(n) == 1 else f"{n} ({a.norm}, {a.scope}, #{i})"
+        for i, (n, a) in enumerate(zip(names, attacks, strict=True))
+    ]
 
 
 def _batches(dataset: Any, size: int, collate_fn: Any) -> Iterator[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ none can be left perturbed, and `weight.grad`, which may hold earlier micro-batc
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,15 +70,15 @@ class Pass:
         """Raises RuntimeError unless every row of the perturbation was used."""
         if self._delta is not None and self._row != self._delta.shape[0]:
             raise RuntimeError(
-                f"The first pass met {self._delta.shape[0]} rows at the target and this one {self._row}: the model must "
-                "call the target equally often in every pass of a step."
+                f"The first pass met {self._delta.shape[0]} rows at the target and this one {self._row}: the model "
+                "must call the target equally often in every pass of a step."
             )
 
     @property
     def leaves(self) -> list[Tensor]:
         return self._leaves
 
-    def gradient(self, gradients: list[Tensor | None]) -> Tensor:
+    def gradient(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The gradients of `leaves`, stacked: (rows, positions, dimension)."""
         missing = [g for g in gradients if g is None]
         if missing or not gradients:
@@ -334,6 +334,7 @@ def find_target(name: str, model: nn.Module) -> Target:
 
     Args:
         name: `word_embeddings`; an input's name (`inputs_embeds`, `pixel_values`, ...); else a module path.
+        model: the model inside every wrapper.
 
     Raises:
         ValueError: the model has no such module; near names are listed.
@@ -349,7 +350,7 @@ def find_target(name: str, model: nn.Module) -> Target:
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
     """The module at `path`. Raises ValueError that lists near names."""
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     modules.pop("", None)
     if path in modules:
         return modules[path]
@@ -378,8 +379,7 @@ def shared_lookups(model: nn.Module, lookup: nn.Module) -> list[nn.Module]:
     named = {
         name: module
         for name, module in model.named_modules()
-        if module is lookup
-        or (_is_lookup(module) and weight is not None and getattr(module, "weight", None) is weight)
+        if module is lookup or (_is_lookup(module) and weight is not None and getattr(module, "weight", None) is weight)
     }
     # An adapter's lookup wraps the one that it adapts: only the outer one is hooked.
     return [m for n, m in named.items() if not any(n.startswith(other + ".") for other in named)]
@@ -410,7 +410,7 @@ def look(
             raise RuntimeError(target.unreached(batch))
         seen.check()
         seen.forward_done = True
-        gradients = list(torch.autograd.grad(loss, seen.leaves, allow_unused=True))
+        gradients = torch.autograd.grad(loss, seen.leaves, allow_unused=True)
         return seen, seen.gradient(gradients), loss.detach()
 
 
@@ -428,12 +428,12 @@ def _still_statistics(model: nn.Module | None) -> Iterator[None]:
 
 
 def _is_lookup(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) or "Embedding" in type(module).__name__ and hasattr(module, "weight")
+    return isinstance(module, nn.Embedding) or ("Embedding" in type(module).__name__ and hasattr(module, "weight"))
 
 
 def _vocabulary_size(module: nn.Module) -> int:
-    size = getattr(module, "num_embeddings", None)
-    return int(module.weight.shape[0] if size is None else size)  # type: ignore[union-attr, operator, index, arg-type]
+    rows: Any = getattr(module, "num_embeddings", None) or module.weight.shape[0]
+    return int(rows)
 
 
 def _padding_id(model: nn.Module) -> int | None:
@@ -446,17 +446,17 @@ def _encoder(model: nn.Module) -> nn.Module | None:
         return None
     for owner in (model, getattr(model, getattr(model, "base_model_prefix", ""), None)):
         if owner is not None and hasattr(owner, "get_encoder"):
-            encoder = owner.get_encoder()
+            encoder = owner.get_encoder()  # type: ignore[operator]
             return encoder if isinstance(encoder, nn.Module) else None
     return None
 
 
 def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:
     dtype = torch.promote_types(values.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(values.detach(), dim=-1, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(values.detach(), dim=-1, dtype=dtype)
     if tokens is not None:
         norms = norms * tokens
-    return norms if norms.dim() < 2 else torch.linalg.vector_norm(norms.flatten(1), dim=1)
+    return norms if norms.dim() < 2 else norms.flatten(1).norm(dim=1)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -470,4 +470,6 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 def _stack_tokens(tokens: list[Tensor | None], leaves: list[Tensor]) -> Tensor | None:
     if len(leaves) == 1:
         return tokens[0]
-    return _stack([leaf.new_ones(leaf.shape[:2]).bool() if t is None else t for t, leaf in zip(tokens, leaves, strict=True)])
+    return _stack(
+        [leaf.new_ones(leaf.shape[:2]).bool() if t is None else t for t, leaf in zip(tokens, leaves, strict=True)]
+    )

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Answer, Attack, Look, Train, run
+from .raw import gradients_stay_local
 from .schedule import Schedule
 from .targets import Pass, Target, find_target, look
 
@@ -34,7 +34,10 @@ logger = logging.get_logger(__name__)
 _STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 _STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class AdversarialTrainerMixin(_Base):
@@ -56,7 +59,8 @@ class AdversarialTrainerMixin(_Base):
         changed = changed_attack_fields(flags)
         if attack is not None and changed:
             raise ValueError(
-                f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. Leave one out."
+                f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
+                "Leave one out."
             )
         self._announce_default = attack is None and flags is None
         self.attack: Attack = attack or (flags.make_attack() if flags else FGM(epsilon=1.0))
@@ -87,7 +91,7 @@ class AdversarialTrainerMixin(_Base):
             if self._place is not None:
                 self._place.detach()
 
-    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step on a micro-batch: as many passes as the attack asks for, each `super().training_step`.
 
         Returns:
@@ -114,7 +118,9 @@ class AdversarialTrainerMixin(_Base):
             logs = {**logs, **self._window.close(self.accelerator)}
             self._watch.see(logs["loss"], self.state.global_step, self.schedule, self.state.max_steps)
             if not math.isfinite(logs.get("adv_loss", 0.0)):
-                logger.warning(f"The adversarial loss is {logs['adv_loss']} in the steps up to {self.state.global_step}.")
+                logger.warning(
+                    f"The adversarial loss is {logs['adv_loss']} in the steps up to {self.state.global_step}."
+                )
         super().log(logs, *args, **kwargs)
 
     def evaluate_robustness(self, eval_dataset: Any = None, **kwargs: Any) -> RobustnessReport:
@@ -171,7 +177,8 @@ class AdversarialTrainerMixin(_Base):
         def train(request: Train, last: bool) -> Answer | None:
             with ExitStack() as stack:
                 _restore(random_state)
-                stack.enter_context(self._gradients_complete(model, last))
+                if not last:
+                    stack.enter_context(gradients_stay_local(self.accelerator, model))
                 seen = stack.enter_context(place.record(inputs, request.delta, gradient=not last))
                 scale = stack.enter_context(self._compute_loss_seen(place, seen, inputs, request.weight))
                 loss = stock() / request.weight
@@ -193,10 +200,11 @@ class AdversarialTrainerMixin(_Base):
 
             def loss_of() -> Tensor:
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
+                    loss: Any = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
                 loss.register_hook(scale.append)
                 scaler = self.accelerator.scaler
-                return loss if scaler is None else scaler.scale(loss)
+                scaled: Tensor = loss if scaler is None else scaler.scale(loss)
+                return scaled
 
             seen, gradient, loss = look(place, inputs, request.delta, loss_of)
             return self._answer(seen, gradient / scale[0], loss, attack.scope or "")
@@ -227,7 +235,7 @@ class AdversarialTrainerMixin(_Base):
         weight. `compute_loss` is wrapped on the instance, so overrides above and below this class are all inside.
         """
         scale: list[Tensor] = []
-        compute_loss = self.compute_loss
+        compute_loss: Callable[..., Any] = self.compute_loss
         own = vars(self).get("compute_loss")
 
         @functools.wraps(compute_loss)
@@ -243,33 +251,13 @@ class AdversarialTrainerMixin(_Base):
             loss = loss * weight
             return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
-        self.compute_loss = weighted  # type: ignore[method-assign]
+        vars(self)["compute_loss"] = weighted
         try:
             yield scale
         finally:
-            if own is None:
-                del self.compute_loss
-            else:
-                self.compute_loss = own  # type: ignore[method-assign]
-
-    @contextmanager
-    def _gradients_complete(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """All passes but the last keep their gradients to themselves.
-
-        DeepSpeed's backward steps the optimizer whenever `sync_gradients` is set; DDP reduces gradients in every
-        backward outside of `no_sync`. (FSDP2's own no_sync would keep the whole gradients in memory.)
-        """
-        if last:
-            yield
-            return
-        sync = self.accelerator.sync_gradients
-        bare = getattr(model, "_orig_mod", model)
-        with bare.no_sync() if isinstance(bare, DistributedDataParallel) else ExitStack():
-            self.accelerator.sync_gradients = False
-            try:
-                yield
-            finally:
-                self.accelerator.sync_gradients = sync
+            vars(self).pop("compute_loss")
+            if own is not None:
+                vars(self)["compute_loss"] = own
 
     # Preparation --------------------------------------------------------------------------------------------------
 
@@ -346,8 +334,8 @@ class AdversarialTrainerMixin(_Base):
         needs_look = self.attack.looks or self.attack.clean_weight == 0
         if self.args.gradient_checkpointing and reentrant and needs_look:
             problems.append(
-                f"{self.attack.name!r} takes gradients with respect to the perturbation alone, which reentrant gradient "
-                "checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
+                f"{self.attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
+                "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
             problems.append("DeepSpeed needs accelerate >= 1.9, where a backward pass need not step the optimizer.")
@@ -422,8 +410,8 @@ class _CollapseWatch:
             return
         self._said = True
         logger.warning(
-            f"Collapse? After {step} of {total} steps the clean loss is {loss:.4g}, and it was {self._first:.4g} in the "
-            "first logging window: the model does not learn. A perturbation that is too large from the start does "
+            f"Collapse? After {step} of {total} steps the clean loss is {loss:.4g}, and it was {self._first:.4g} in "
+            "the first logging window: the model does not learn. A perturbation that is too large from the start does "
             "this. Try a smaller adv_epsilon, a rise over adv_warmup=0.5 of training, or a smaller learning rate."
         )
 

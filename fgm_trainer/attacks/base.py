@@ -179,6 +179,4 @@ def attack_class(name: str) -> type[Attack]:
 def own_settings(attack: type[Attack]) -> dict[str, Any]:
     """The settings that a method adds to `Attack`'s, with their defaults."""
     common = {f.name for f in fields(Attack)}
-    return {
-        f.name: None if f.default is MISSING else f.default for f in fields(attack) if f.name not in common
-    }
+    return {f.name: None if f.default is MISSING else f.default for f in fields(attack) if f.name not in common}
