@@ -3,11 +3,19 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import random
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # What releases of accelerate of transformers 4.46's day say when they are imported, or used, with newer libraries.
+    if Version(version("accelerate")) < Version("1.2"):
+        config.addinivalue_line("filterwarnings", "ignore:numpy.core is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Tiny random models in float64 without dropout, padded data for them, and a helper that trains them."""
 
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -171,11 +172,15 @@ def tiny(name, *, seed=0, dtype=torch.float64, classes=CLASSES, **settings):
     if Version(transformers.__version__) < Version(least):
         pytest.skip(f"{name} is in transformers >= {least}; this is {transformers.__version__}")
     prefix, model_class, own = ZOO[name]
+    with warnings.catch_warnings():
+        # Of transformers 4.46's DeBERTa, when it is imported.
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        model_class = getattr(transformers, model_class)
     config = getattr(transformers, prefix + "Config")(**(own | settings))
     if name not in SEQ2SEQ:
         config.num_labels = classes
     torch.manual_seed(seed)
-    model = getattr(transformers, model_class)(config).to(dtype)
+    model = model_class(config).to(dtype)
     # The usual initialisation is so small that a tiny model is nearly linear.
     with torch.no_grad():
         for parameter in model.parameters():
