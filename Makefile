@@ -1,5 +1,5 @@
 # Every habit is one word. The environment is made when a word needs it, from pinned versions.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1

@@ -395,13 +395,22 @@ class _Window:
 
 
 class _CollapseWatch:
-    """Says aloud, once, that a run does not learn: its clean loss is where it was in the first window."""
+    """Says aloud, once, that a run does not learn: its clean loss is where it was in the first window.
+
+    A window is a logging window, or as many of them as make a twentieth of training: a single step's loss is noise.
+    """
 
     def __init__(self) -> None:
         self._first: float | None = None
+        self._losses: list[float] = []
+        self._since: int | None = None
         self._said = False
 
     def see(self, loss: float, step: int, schedule: Schedule, total: int) -> None:
+        self._losses.append(loss)
+        if self._since is not None and step - self._since < total / 20:
+            return
+        loss, self._losses, self._since = sum(self._losses) / len(self._losses), [], step
         if self._first is None:
             self._first = loss
             return

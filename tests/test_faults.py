@@ -1,0 +1,292 @@
+"""Faults at every point of a step leave weights, earlier gradients, hooks and flags as before the step."""
+
+import copy
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+
+from fgm_trainer import PGD, AdversarialTrainer, AdversarialTrainingArguments
+
+
+def tiny_bert(**settings):
+    set_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **shape | settings))
+
+
+def examples(count=16, length=8):
+    draw = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_ids": torch.randint(1, 50, (length,), generator=draw),
+            "attention_mask": torch.tensor([1] * (length - i % 3) + [0] * (i % 3)),
+            "labels": i % 2,
+        }
+        for i in range(count)
+    ]
+
+
+def flags(path, kind=AdversarialTrainingArguments, **settings):
+    common = {
+        "output_dir": str(path),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    return kind(**common | settings)
+
+
+def hooks(model):
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+class Fault:
+    """Raises in the pass-th forward pass of step `step` counted from the start, before, in or after it."""
+
+    def __init__(self, trainer, error, at_pass, where):
+        self.count, self.error, self.at_pass = 0, error, at_pass
+        model = trainer.model
+        if where == "before":
+            model.register_forward_pre_hook(self.on_call)
+        elif where == "inside":
+            model.bert.encoder.layer[1].register_forward_hook(self.on_call)
+        else:
+            backward = trainer.accelerator.backward
+
+            def after(*args, **kwargs):
+                backward(*args, **kwargs)
+                self.on_call()
+
+            trainer.accelerator.backward = after
+
+    def on_call(self, *args):
+        self.count += 1
+        if self.count == self.at_pass:
+            raise self.error("injected")
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "after"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at_pass", [1, 2, 3, 4])
+def test_a_fault_leaves_weights_hooks_and_flags_as_before_the_step(tmp_path, where, error, at_pass):
+    model = tiny_bert()
+    trainer = AdversarialTrainer(model=model, args=flags(tmp_path), train_dataset=examples())
+    Fault(trainer, error, at_pass, where)
+    before_hooks = hooks(model)
+    seen = {}
+    begin = trainer.callback_handler.on_step_begin
+
+    def remember(*args, **kwargs):
+        seen["weights"] = weights(model)
+        return begin(*args, **kwargs)
+
+    trainer.callback_handler.on_step_begin = remember
+    with pytest.raises(error, match="injected"):
+        trainer.train()
+    same(weights(model), seen["weights"])
+    assert hooks(model) == before_hooks
+    assert trainer.accelerator.sync_gradients
+    assert "compute_loss" not in vars(trainer)
+
+
+@pytest.mark.parametrize("where", ["before", "inside", "after"])
+def test_a_fault_in_the_clean_pass_leaves_gradients_and_random_state_as_stock_does(tmp_path, where):
+    after = []
+    for kind, arguments in ((Trainer, TrainingArguments), (AdversarialTrainer, AdversarialTrainingArguments)):
+        trainer = kind(model=tiny_bert(), args=flags(tmp_path, arguments), train_dataset=examples())
+        Fault(trainer, RuntimeError, 1, where)
+        with pytest.raises(RuntimeError, match="injected"):
+            trainer.train()
+        gradients = {n: None if p.grad is None else p.grad.clone() for n, p in trainer.model.named_parameters()}
+        after.append((gradients, torch.get_rng_state()))
+    (stock, stock_state), (ours, state) = after
+    assert torch.equal(stock_state, state)
+    for name, gradient in stock.items():
+        assert (gradient is None) == (ours[name] is None), name
+        if gradient is not None:
+            assert torch.equal(gradient, ours[name]), name
+
+
+@pytest.mark.parametrize("where", ["before", "inside"])
+def test_a_fault_in_the_second_pass_leaves_the_gradients_of_the_first(tmp_path, where):
+    """Only the clean pass's gradients are there: what stock has after one backward pass."""
+    stock = Trainer(model=tiny_bert(), args=flags(tmp_path, TrainingArguments), train_dataset=examples())
+    Fault(stock, RuntimeError, 1, "after")
+    ours = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path), train_dataset=examples())
+    Fault(ours, RuntimeError, 2, where)
+    for trainer in (stock, ours):
+        set_seed(1)
+        with pytest.raises(RuntimeError, match="injected"):
+            trainer.train()
+    for (name, one), (_, other) in zip(stock.model.named_parameters(), ours.model.named_parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+
+
+def test_auto_find_batch_size_recovers_from_out_of_memory_in_the_second_pass(tmp_path):
+    model = tiny_bert()
+    args = flags(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
+    trainer = AdversarialTrainer(model=model, args=args, train_dataset=examples())
+    sizes, start = [], weights(model)
+
+    def out_of_memory(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes == [8, 8]:
+            same(weights(model), start)
+            raise RuntimeError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(out_of_memory, with_kwargs=True)
+    trainer.train()
+    assert sizes[:2] == [8, 8]
+    assert sizes[2] < 8
+    assert trainer.state.global_step == 4
+    # The rest is what a run that starts at the smaller batch gives.
+    fresh = AdversarialTrainer(
+        model=tiny_bert(),
+        args=flags(tmp_path, per_device_train_batch_size=sizes[2]),
+        train_dataset=examples(),
+    )
+    fresh.train()
+    assert fresh.state.global_step == 4
+
+
+def poison(model, value, rows):
+    """Makes the gradient that arrives at the embeddings `value` in the given rows, in the clean pass of each step."""
+    calls = []
+
+    def on_output(module, args, output):
+        calls.append(0)
+        if len(calls) % 2 == 1:
+
+            def set_rows(gradient):
+                gradient = gradient.clone()
+                gradient[rows] = value
+                return gradient
+
+            output = output.clone()
+            output.register_hook(set_rows)
+        return output
+
+    # Runs after the target's own hook, so that the leaf receives what is set here and the weight does too.
+    return lambda: model.bert.embeddings.word_embeddings.register_forward_hook(on_output)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
+def test_a_non_finite_gradient_gives_no_perturbation_in_its_unit_and_is_counted(tmp_path, value, scope):
+    model = tiny_bert()
+    model.bert.embeddings.word_embeddings.requires_grad_(False)
+    register = poison(model, value, slice(0, 1))
+    trainer = AdversarialTrainer(
+        model=model, args=flags(tmp_path, max_steps=1, adv_scope=scope), train_dataset=examples()
+    )
+    attached = trainer._attached
+
+    def attach_then_poison(*args):
+        fresh = trainer._place is None
+        place = attached(*args)
+        if fresh:
+            register()
+        return place
+
+    trainer._attached = attach_then_poison
+    trainer.train()
+    line = next(h for h in trainer.state.log_history if "adv_loss" in h)
+    assert line["adv_skipped"] == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    # One of four examples is hit: the whole micro-batch is one unit in scope vocabulary.
+    expected = {"vocabulary": 0.0, "example": 0.75}.get(scope)
+    if expected is not None:
+        assert line["adv_delta_norm"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_saved_checkpoint_has_exactly_the_stock_keys_and_the_model_no_hook(tmp_path):
+    stock = Trainer(model=tiny_bert(), args=flags(tmp_path / "a", TrainingArguments), train_dataset=examples())
+    ours = AdversarialTrainer(
+        model=tiny_bert(),
+        args=flags(tmp_path / "b", save_strategy="steps", save_steps=2, adv_method="pgd"),
+        train_dataset=examples(),
+    )
+    before = hooks(ours.model)
+    stock.train()
+    stock.save_model()
+    ours.train()
+    saved = load_file(tmp_path / "b" / "checkpoint-4" / "model.safetensors")
+    assert saved.keys() == load_file(tmp_path / "a" / "model.safetensors").keys()
+    same(saved, {k: v for k, v in weights(ours.model).items() if k in saved})
+    assert hooks(ours.model) == before
+
+
+@pytest.mark.parametrize("attack", [{}, {"adv_method": "pgd"}, {"adv_method": "noise"}, {"adv_warmup": 0.9}])
+def test_resume_is_bit_equal_to_an_uninterrupted_run(tmp_path, attack):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2} | attack
+    whole = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path / "a", **settings), train_dataset=examples(40))
+    whole.train()
+    resumed = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path / "a", **settings), train_dataset=examples(40))
+    resumed.train(resume_from_checkpoint=os.path.join(tmp_path, "a", "checkpoint-3"))
+    same(weights(whole.model), weights(resumed.model))
+    lines = [[h.get("adv_loss") for h in t.state.log_history if "adv_loss" in h] for t in (whole, resumed)]
+    assert lines[0] == lines[1]
+
+
+def test_load_best_model_at_end(tmp_path):
+    args = flags(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), eval_dataset=examples(8))
+    trainer.train()
+    best = load_file(os.path.join(trainer.state.best_model_checkpoint, "model.safetensors"))
+    same({k: v for k, v in weights(trainer.model).items() if k in best}, best)
+
+
+def test_epsilon_zero_is_the_stock_trainer_bit_for_bit(tmp_path):
+    stock = Trainer(model=tiny_bert(), args=flags(tmp_path, TrainingArguments), train_dataset=examples())
+    ours = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path, adv_epsilon=0.0), train_dataset=examples())
+    states = []
+    for trainer in (stock, ours):
+        set_seed(7)
+        trainer.train()
+        states.append(torch.get_rng_state())
+    same(weights(stock.model), weights(ours.model))
+    assert torch.equal(*states)
+    names = [[sorted(h) for h in t.state.log_history] for t in (stock, ours)]
+    assert names[0] == names[1]
+
+
+def test_training_twice_and_evaluating_between_leaves_nothing_behind(tmp_path):
+    model = tiny_bert()
+    before = hooks(model)
+    trainer = AdversarialTrainer(
+        model=model, args=flags(tmp_path), train_dataset=examples(), eval_dataset=examples(8), attack=None
+    )
+    trainer.train()
+    kept = copy.deepcopy(weights(model))
+    report = trainer.evaluate_robustness(attacks=[PGD(steps=2)], epsilons=[0.1, 0.5])
+    same(weights(model), kept)
+    assert hooks(model) == before
+    assert report.examples == 8
+    trainer.train()
+    assert hooks(model) == before
