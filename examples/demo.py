@@ -1,0 +1,266 @@
+"""One encoder trained plainly and adversarially on the same reviews, and both attacked: a table and a picture.
+
+`make demo` runs it. The settings that it starts with, and three seeds of it, are in docs/demo.md.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import transformers
+from reviews import Review, Reviews, load_reviews, pretrained_model
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+import fgm_trainer
+from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
+from fgm_trainer.plotting import plot_robustness
+from fgm_trainer.robustness import RobustnessReport, evaluate_robustness
+
+MODELS = ("plain", "adversarial")
+SETS = {"movies": "movie snippets", "amazon": "Amazon snippets"}
+
+# Batches of like length have little padding, which costs as much as text. transformers 5 renamed the flag.
+_FLAGS = {f.name for f in fields(TrainingArguments)}
+GROUP_BY_LENGTH: dict[str, Any] = (
+    {"group_by_length": True} if "group_by_length" in _FLAGS else {"train_sampling_strategy": "group_by_length"}
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on one test set.
+
+    Args:
+        clean: accuracy without attack, on `clean_examples` of them: passes without gradient are cheap.
+        clean_examples: how many those are.
+        report: clean and attacked, on the first of the same snippets.
+    """
+
+    clean: float
+    clean_examples: int
+    report: RobustnessReport
+
+
+Run = dict[str, dict[str, Measured]]
+"""What one seed gave: by test set, then by model."""
+
+
+@dataclass
+class DemoArguments:
+    """What the demo lets one choose."""
+
+    adv_epsilon: float = field(default=0.3, metadata={"help": "Size of the perturbation in training."})
+    adv_scope: str = field(default="example", metadata={"help": "`vocabulary`, `example` or `token`."})
+    adv_warmup: float = field(default=0.5, metadata={"help": "Fraction of training over which epsilon rises."})
+    seed: int = field(default=0, metadata={"help": "Seed of the new head, the order of the data and the dropout."})
+    seeds: list[int] | None = field(default=None, metadata={"help": "Several seeds: prints mean and spread."})
+    train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
+    test_samples: int = field(default=150, metadata={"help": "Snippets of each test set to attack."})
+    clean_samples: int = field(default=1000, metadata={"help": "Snippets of each test set without attack."})
+    test_epsilons: list[float] = field(
+        default_factory=lambda: [0.1, 0.2, 0.4], metadata={"help": "Lengths of the attack in the evaluation."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate, for both models."})
+    batch_size: int = field(default=16, metadata={"help": "Snippets a training step."})
+    output_dir: str = field(default="runs/demo", metadata={"help": "Where table, picture and figures go."})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The whole demo."""
+    (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(arguments)
+    start = time.perf_counter()
+    folder, reviews = pretrained_model(), load_reviews()
+    runs = {seed: run_seed(args, seed, folder, reviews) for seed in args.seeds or [args.seed]}
+    write_results(args, runs, time.perf_counter() - start)
+
+
+# One seed -------------------------------------------------------------------------------------------------------------
+
+
+def run_seed(args: DemoArguments, seed: int, folder: Path, reviews: Reviews) -> Run:
+    """Trains both models from the same start on the same batches, and evaluates both on the same snippets."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    collate = DataCollatorWithPadding(tokenizer)
+    train = encode(tokenizer, reviews.train[: args.train_samples])
+    tests = {name: encode(tokenizer, getattr(reviews, name)) for name in SETS}
+    run: Run = {name: {} for name in SETS}
+    for name, epsilon in zip(MODELS, (0.0, args.adv_epsilon), strict=True):
+        print(f"\nSeed {seed}, {name}: training on {len(train)} movie snippets", flush=True)
+        model = train_model(args, seed, epsilon, folder, train, collate)
+        for test, examples in tests.items():
+            print(f"Seed {seed}, {name}: under attack on {SETS[test]}", flush=True)
+            run[test][name] = measure(args, seed, model, examples, collate)
+    return run
+
+
+def measure(
+    args: DemoArguments, seed: int, model: torch.nn.Module, examples: list[dict[str, Any]], collate: Any
+) -> Measured:
+    """Accuracy without attack on many snippets, and with every attack on the first of them."""
+    many, few = (by_length(examples[:n]) for n in (args.clean_samples, args.test_samples))
+    clean = evaluate_robustness(model, many, epsilons=[0.0], collate_fn=collate, progress=False).clean
+    report = evaluate_robustness(model, few, epsilons=args.test_epsilons, collate_fn=collate, seed=seed)
+    return Measured(clean, len(many), report)
+
+
+def train_model(
+    args: DemoArguments, seed: int, epsilon: float, folder: Path, train: list[dict[str, Any]], collate: Any
+) -> torch.nn.Module:
+    """One epoch. Epsilon 0 is the stock Trainer, so nothing else differs between the two models."""
+    training = AdversarialTrainingArguments(
+        output_dir=str(Path(args.output_dir) / "trainer"),
+        num_train_epochs=1,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        logging_steps=0.1,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+        adv_epsilon=epsilon,
+        adv_scope=args.adv_scope,
+        adv_warmup=args.adv_warmup,
+        **GROUP_BY_LENGTH,
+    )
+    trainer = AdversarialTrainer(
+        model=new_model(folder, seed), args=training, train_dataset=train, data_collator=collate
+    )
+    trainer.train()
+    assert isinstance(trainer.model, torch.nn.Module)
+    return trainer.model
+
+
+def new_model(folder: Path, seed: int) -> torch.nn.Module:
+    """The pretrained encoder with a new head, the same for the same seed."""
+    set_seed(seed)
+    # Loading reports that the head is new, which it is meant to be.
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def encode(tokenizer: Any, reviews: list[Review]) -> list[dict[str, Any]]:
+    """Token ids and labels, one dictionary a snippet. Of movie snippets the longest has 79 tokens."""
+    ids = tokenizer([r.text for r in reviews], truncation=True, max_length=128)["input_ids"]
+    return [{"input_ids": i, "labels": r.label} for i, r in zip(ids, reviews, strict=True)]
+
+
+def by_length(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same examples, the shortest first: a batch is padded to its longest, and padding costs as much as text."""
+    return sorted(examples, key=lambda e: len(e["input_ids"]))
+
+
+# What comes out -------------------------------------------------------------------------------------------------------
+
+
+def write_results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> None:
+    """Prints the table; writes it, the picture and all figures into the output folder."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "demo_results.json").write_text(json.dumps(results(args, runs, seconds), indent=2) + "\n")
+    seed, run = next(iter(runs.items()))
+    curves = {model: measured.report for model, measured in run["movies"].items()}
+    plot_robustness(curves, folder / "robustness.png", f"all-MiniLM-L6-v2, held-out movie snippets, seed {seed}")
+    with (folder / "table.md").open("w", encoding="utf-8") as file:
+        Console(file=file, width=200).print(table(runs, box.MARKDOWN))
+    console = Console()
+    console.print(table(runs), note(args, runs, seconds), sep="\n")
+    for name in ("table.md", "robustness.png", "demo_results.json"):
+        console.print(f"  {folder / name}")
+
+
+def table(runs: dict[int, Run], style: box.Box = box.SIMPLE_HEAD) -> Table:
+    """Accuracy in percent: a row for every attack and epsilon, a column for every test set and model."""
+    grid = Table(box=style)
+    grid.add_column("attack")
+    grid.add_column("epsilon", justify="right")
+    for test in SETS:
+        for model in MODELS:
+            grid.add_column(f"{test}: {model}", justify="right")
+    for row in rows(runs):
+        cells = [cell([scores(run[test][model])[row] for run in runs.values()]) for test in SETS for model in MODELS]
+        grid.add_row(*row, *cells)
+    return grid
+
+
+def rows(runs: dict[int, Run]) -> list[tuple[str, str]]:
+    """What stands at the head of every row: attack and epsilon."""
+    return list(scores(next(iter(runs.values()))["movies"]["plain"]))
+
+
+def scores(measured: Measured) -> dict[tuple[str, str], float]:
+    """Every accuracy by (attack, epsilon)."""
+    report = measured.report
+    clean = {
+        (f"clean, {measured.clean_examples} snippets", ""): measured.clean,
+        (f"clean, {report.examples} of them", ""): report.clean,
+    }
+    return clean | {
+        (attack, f"{epsilon:g}"): score
+        for attack, row in report.scores.items()
+        for epsilon, score in zip(report.epsilons, row, strict=True)
+    }
+
+
+def cell(values: list[float]) -> str:
+    """The mean in percent, and with several seeds the smallest and the largest."""
+    shown = f"{100 * mean(values):.1f}"
+    return shown if len(values) == 1 else f"{shown} ({100 * min(values):.1f}-{100 * max(values):.1f})"
+
+
+def note(args: DemoArguments, runs: dict[int, Run], seconds: float) -> str:
+    """What one has to know to read the table."""
+    measured = next(iter(runs.values()))["movies"]["plain"]
+    few, many = (f"{50 / n**0.5:.1f}" for n in (measured.report.examples, measured.clean_examples))
+    spread = "mean and (smallest-largest) over seeds " if len(runs) > 1 else "seed "
+    return (
+        f"Accuracy in percent, {spread}{', '.join(map(str, runs))}. The sampling error of one figure (one standard "
+        f"error) is at most {few} under attack and {many} in the first row.\n"
+        "Epsilon is the L2 length of the perturbation of a snippet's embeddings; noise is a random direction of that "
+        f"length.\nAdversarial: FGM, scope {args.adv_scope}, epsilon {args.adv_epsilon:g}, warm-up "
+        f"{args.adv_warmup:g}. {seconds:.0f} seconds in all. Written:"
+    )
+
+
+def results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> dict[str, Any]:
+    """Settings, versions, seconds and every figure, as plain data."""
+    return {
+        "settings": asdict(args),
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "fgm_trainer": fgm_trainer.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seeds": {
+            str(seed): {test: {model: asdict(m) for model, m in models.items()} for test, models in run.items()}
+            for seed, run in runs.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
