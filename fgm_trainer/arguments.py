@@ -18,7 +18,7 @@ _METHODS = ", ".join(sorted(ATTACKS))
 
 @dataclass
 class AdversarialArguments:
-    """The adversarial flags, for any dataclass of training arguments to inherit (put it last)."""
+    """The adversarial flags, for any dataclass of training arguments to inherit (put it first)."""
 
     adv_epsilon: float = field(
         default=1.0,
@@ -110,25 +110,17 @@ class AdversarialArguments:
 
 
 @dataclass
-class AdversarialTrainingArguments(TrainingArguments, AdversarialArguments):
+class AdversarialTrainingArguments(AdversarialArguments, TrainingArguments):
     """`TrainingArguments` and the adversarial flags, flat, for `HfArgumentParser`.
 
     Raises:
         ValueError: one message with every adversarial flag that is wrong, before any training.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        AdversarialArguments.__post_init__(self)
-
 
 @dataclass
-class AdversarialSeq2SeqTrainingArguments(Seq2SeqTrainingArguments, AdversarialArguments):
+class AdversarialSeq2SeqTrainingArguments(AdversarialArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the adversarial flags."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[no-untyped-call]
-        AdversarialArguments.__post_init__(self)
 
 
 ATTACK_FIELDS = (

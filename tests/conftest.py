@@ -2,6 +2,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import random
 from importlib.metadata import version
 
@@ -18,7 +19,21 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore:numpy.core is deprecated:DeprecationWarning")
 
 
+def pytest_collection_finish(session):
+    # Every Trainer collects garbage when it starts; what was imported by now is none.
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """TrainingArguments write mixed precision and compilation into the environment, where later tests would read it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

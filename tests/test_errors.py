@@ -49,17 +49,9 @@ def test_all_problems_come_at_once(tmp_path):
 
 def test_the_flags_parse_from_a_command_line(tmp_path):
     (args,) = HfArgumentParser(AdversarialTrainingArguments).parse_args_into_dataclasses(
-        f"--output_dir {tmp_path} --adv_epsilon 0.5 --adv_method pgd --adv_steps 4 --adv_scope example ".split()
-        + [
-            "--adv_warmup",
-            "0.1",
-            "--adv_same_dropout",
-            "--adv_kwargs",
-            '{"step_size":0.2}',
-            "--report_to",
-            "none",
-            "--use_cpu",
-        ]
+        ["--output_dir", str(tmp_path), "--adv_epsilon", "0.5", "--adv_method", "pgd", "--adv_steps", "4"]
+        + ["--adv_scope", "example", "--adv_warmup", "0.1", "--adv_same_dropout", "--adv_kwargs", '{"step_size": 0.2}']
+        + ["--report_to", "none", "--use_cpu"]
     )
     assert args.make_attack() == PGD(epsilon=0.5, scope="example", steps=4, step_size=0.2)
     assert args.adv_same_dropout

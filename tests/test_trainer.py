@@ -157,6 +157,7 @@ def test_lora_with_a_frozen_embedding_is_attacked(tmp_path):
     assert far(ours, run(Trainer, tmp_path, adapted(), settings=settings)[1]) > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast.*:FutureWarning")  # accelerate 1.1's name for it
 def test_bf16_autocast_is_attacked_and_learns_close_to_float32(tmp_path):
     trainer, ours = run(AdversarialTrainer, tmp_path, tiny_bert(), settings={"bf16": True})
     _, full = run(AdversarialTrainer, tmp_path, tiny_bert())
