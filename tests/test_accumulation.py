@@ -90,7 +90,7 @@ def test_noise_is_seeded(scope):
 
 
 def test_noise_differs_from_micro_batch_to_micro_batch():
-    """Each draws its own: with equal data in both micro-batches of a step, equal noise would go unnoticed in the sum."""
+    """Each draws its own: with equal data in both micro-batches, equal noise would go unnoticed."""
     seen = []
 
     class Spy(Noise):

@@ -194,10 +194,11 @@ def test_a_pass_of_weight_zero_becomes_a_look():
     assert torch.equal(requests[-1].delta, full[-1].delta)
 
 
+ENDED = []
+
+
 class Closing(FGM):
     """FGM that tells when its coroutine has ended."""
-
-    ended: list = []
 
     def passes(self, epsilon, seed):
         try:
@@ -205,13 +206,13 @@ class Closing(FGM):
             answer = yield Look(self.step(answer, epsilon))
             return Train(self.step(answer, epsilon))
         finally:
-            self.ended.append(True)
+            ENDED.append(True)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("fail", ["first", "look", "last"])
 def test_the_driver_closes_the_coroutine(fail, error):
-    Closing.ended.clear()
+    ENDED.clear()
     bench = Bench("example")
 
     def train(request, last):
@@ -227,7 +228,7 @@ def test_the_driver_closes_the_coroutine(fail, error):
     with pytest.raises(error, match="injected") as caught:
         run(Closing(scope="example"), 1.0, 0, train, look)
     # Closed by the driver, not by the garbage collector: the frames are alive in `caught`.
-    assert Closing.ended == [True]
+    assert ENDED == [True]
     assert caught.value.__context__ is None
 
 
@@ -249,7 +250,7 @@ def test_an_error_inside_an_attack_is_raised_as_it_is():
         (FGM, {"epsilon": -1.0}, "FGM: epsilon must be a finite number, 0 or more; found -1.0."),
         (FGM, {"epsilon": float("nan")}, "epsilon must be a finite number, 0 or more; found nan."),
         (FGM, {"weight": float("inf")}, "weight must be a finite number, 0 or more; found inf."),
-        (FGM, {"weight": 0.0}, "weight must be above 0, or the adversarial pass trains nothing; epsilon=0 turns it off"),
+        (FGM, {"weight": 0.0}, "weight must be above 0, or the adversarial pass trains nothing; epsilon=0 turns"),
         (FGM, {"clean_weight": -0.5}, "clean_weight must be a finite number, 0 or more; found -0.5."),
         (FGM, {"scope": "batch"}, "scope must be one of vocabulary, example, token; found 'batch'."),
         (FGM, {"norm": "l1"}, "norm must be one of l2, linf, max, none; found 'l1'."),
@@ -286,7 +287,7 @@ def test_register(registry):
     assert attack_class("mine") is Mine
     assert own_settings(Mine) == {"twist": 0.5}
     settings = Mine(epsilon=2.0).settings()
-    assert list(settings)[0] == "method"
+    assert next(iter(settings)) == "method"
     assert settings["method"] == "mine"
     assert settings["epsilon"] == 2.0
     assert settings["twist"] == 0.5

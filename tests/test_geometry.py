@@ -117,10 +117,7 @@ def test_ascent_is_its_definition(seed, scope, masked, norm):
 def test_ascent_attains_the_dual_norm(seed, scope, masked):
     """<g, step> is the dual norm of g, and no other step of length 1 gets more."""
     case = Case(seed, scope, masked)
-    if scope == "vocabulary":
-        gradients = [case.table(case.values)]
-    else:
-        gradients = case.members(case.values)
+    gradients = [case.table(case.values)] if scope == "vocabulary" else case.members(case.values)
     for norm, dual in (("l2", 2), ("linf", 1)):
         steps = case.members(ascent(case.values, norm, case.units))
         others = case.members(sample(case.values, norm, case.units, seed))
