@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check format clean
+.PHONY: demo test test-slow test-oldest check format clean
 
 demo: $(VENV)/ready  ## train on real reviews, plainly and adversarially, and show both
 	$(RUN) examples/demo.py
@@ -13,8 +13,8 @@ demo: $(VENV)/ready  ## train on real reviews, plainly and adversarially, and sh
 test: $(VENV)/ready  ## the default suite
 	$(RUN) -m pytest -m "not slow"
 
-test-all: $(VENV)/ready  ## every test, the slow ones too
-	$(RUN) -m pytest
+test-slow: $(VENV)/ready  ## what the default suite has no time for
+	$(RUN) -m pytest -m slow
 
 test-oldest: .venv-oldest/ready  ## the suite on the oldest transformers that is supported
 	.venv-oldest/bin/python -m pytest -m "not slow"

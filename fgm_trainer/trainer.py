@@ -356,41 +356,46 @@ class _Window:
 
     def __init__(self) -> None:
         self._steps = 0
+        self._rows = 0
         self._sums: Tensor | None = None
         self._bad: list[Tensor] = []
 
     def begin(self, first: bool, device: torch.device) -> None:
         """A micro-batch is attacked; `first` where it is the first of its optimizer step."""
         if self._sums is None:
-            self._sums = torch.zeros(4, dtype=torch.float32, device=device)
+            self._sums = torch.zeros(3, dtype=torch.float32, device=device)
         if first or not self._bad:
             self._steps += 1
             self._bad.append(torch.zeros((), dtype=torch.float32, device=device))
 
     def gradient(self, gradient: Tensor) -> None:
+        """A gradient arrived; it counts as bad where an entry is not finite."""
         self._bad[-1] = torch.maximum(self._bad[-1], (~torch.isfinite(gradient).all()).float())
 
     def perturbed(self, loss: Tensor, norms: tuple[Tensor, Tensor] | None) -> None:
+        """A perturbed pass: its loss, and the row norms of tensor and perturbation where it was the last."""
         assert self._sums is not None
         self._sums[0] += loss
         if norms is not None:
             values, deltas = norms
-            ratios = torch.where(values > 0, deltas / values, 0.0)
-            self._sums[1:] += torch.stack([deltas.sum(), ratios.sum(), deltas.new_tensor(len(deltas))])
+            self._rows += len(deltas)
+            self._sums[1] += deltas.sum()
+            self._sums[2] += torch.where(values > 0, deltas / values, 0.0).sum()
 
     def close(self, accelerator: Any) -> dict[str, float]:
         """The figures of the window, over all processes; nothing where no step was attacked."""
         if self._sums is None:
             return {}
-        both = accelerator.reduce(torch.cat([self._sums, torch.stack(self._bad)]), reduction="sum").tolist()
-        loss, delta, ratio, rows = both[:4]
+        rows = self._sums.new_tensor([float(self._rows)])
+        sums = accelerator.reduce(torch.cat([self._sums, rows, *(b[None] for b in self._bad)]), reduction="sum")
+        loss, delta, ratio, count, *bad = sums.tolist()
         figures = {
             "adv_loss": loss / self._steps / accelerator.num_processes,
-            "adv_delta_norm": delta / max(rows, 1),
-            "adv_delta_ratio": ratio / max(rows, 1),
-            "adv_skipped": float(sum(bad > 0 for bad in both[4:])),
+            "adv_delta_norm": delta / max(count, 1),
+            "adv_delta_ratio": ratio / max(count, 1),
+            "adv_skipped": float(sum(b > 0 for b in bad)),
         }
-        self.__init__()  # type: ignore[misc]
+        self._steps, self._rows, self._sums, self._bad = 0, 0, None, []
         return figures
 
 
