@@ -109,6 +109,8 @@ ZOO = {
             "pad_token_id": 0,
             "bos_token_id": 2,
             "eos_token_id": 3,
+            # The mask of transformers 4.46 for the other implementation can't be made in float64.
+            "attn_implementation": "eager",
         },
     ),
     "llama": (

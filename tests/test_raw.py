@@ -423,7 +423,11 @@ def test_adversary_equals_the_trainer(case, name):
 
 def test_adversary_with_accelerate():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
 
+    # The trainers of other tests left their own: every Accelerator of a process shares one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     loop, theirs = tiny("bert").train(), tiny("bert")
     data = batches(padded_data(loop), 4)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -27,14 +27,6 @@ EPSILON = {"vocabulary": 1.0, "example": 1.0, "token": 0.3}
 FACTOR = {"l2": 1.0, "linf": 0.1, "max": 0.3, "none": 20.0}
 
 
-@pytest.fixture(autouse=True)
-def _double():
-    """GPT-2 in transformers 4.46 makes its mask in the default type, with the model's type's least number."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def both(model, data, scope, *, epsilon, norm="l2", flags=None, **reference_settings):
     """(start, by the trainer, by the reference, the trainer, what the reference saw)."""
     start, ours, theirs = weights(model), copy.deepcopy(model), copy.deepcopy(model)
