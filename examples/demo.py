@@ -1,12 +1,13 @@
 """One encoder trained plainly and adversarially on the same reviews, and both attacked: a table and a picture.
 
-`make demo` runs it. The settings that it starts with, and three seeds of it, are in docs/demo.md.
+`make demo` runs it. docs/demo.md says what its settings are and what three seeds of it gave.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from reviews import Review, Reviews, load_reviews, pretrained_model
+from reviews import FetchError, Review, Reviews, load_reviews, pretrained_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -263,4 +264,7 @@ def results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> dict[s
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FetchError as error:
+        sys.exit(f"demo: {error}")

@@ -432,7 +432,8 @@ def _is_lookup(module: nn.Module) -> bool:
 
 
 def _vocabulary_size(module: nn.Module) -> int:
-    rows: Any = getattr(module, "num_embeddings", None) or module.weight.shape[0]
+    weight: Any = module.weight
+    rows: Any = getattr(module, "num_embeddings", None) or weight.shape[0]
     return int(rows)
 
 

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from test_faults import examples, flags, tiny_bert
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fgm_trainer import AdversarialTrainer
 
+ADDS_UP = Version(version("transformers")) < Version("4.47")
 STEPS, ROWS = 4, 32
 PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -18,6 +21,11 @@ def in_order(base):
     class InOrder(base):
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            # transformers 4.46 adds up the losses of accumulated micro-batches where later releases take their mean.
+            return loss / self.args.gradient_accumulation_steps if ADDS_UP else loss
 
     return InOrder
 
