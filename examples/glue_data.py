@@ -364,21 +364,28 @@ def prepare(
         "trust_remote_code": model.trust_remote_code,
     }
     name = model.model_name_or_path
-    with from_hub("model", name, "a local folder with a model and its tokenizer as --model_name_or_path"):
-        with from_hub("configuration", model.config_name or name, "a local folder as --config_name"):
-            config = AutoConfig.from_pretrained(model.config_name or name, **common)
-        with from_hub("tokenizer", model.tokenizer_name or name, "a local folder as --tokenizer_name"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                model.tokenizer_name or name, use_fast=model.use_fast_tokenizer, **common
-            )
-        labels = find_labels(raw, data.task_name, config)
-        _set_head(config, labels)
+    with from_hub(*_advice(model, "config_name")):
+        config = AutoConfig.from_pretrained(model.config_name or name, **common)
+    with from_hub(*_advice(model, "tokenizer_name")):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.tokenizer_name or name, use_fast=model.use_fast_tokenizer, **common
+        )
+    labels = find_labels(raw, data.task_name, config)
+    _set_head(config, labels)
+    with from_hub(*_advice(model, "model_name_or_path")):
         network = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **common
         )
     tokens = {split: _tokenise(raw[split], split, columns, labels, tokenizer, data) for split in splits}
     padded = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
     return Prepared(network, tokenizer, labels, tokens, default_data_collator if data.pad_to_max_length else padded)
+
+
+def _advice(model: ModelArguments, flag: str) -> tuple[str, str, str]:
+    """`from_hub`'s arguments for a flag; where it is left out, the model's name stands in for it."""
+    flag = flag if getattr(model, flag) else "model_name_or_path"
+    what = {"config_name": "configuration", "tokenizer_name": "tokenizer"}.get(flag, "model")
+    return what, getattr(model, flag), f"a local folder that holds the {what} as --{flag}"
 
 
 def _set_head(config: Any, labels: Labels) -> None:
