@@ -99,6 +99,9 @@ def _write_parquet(path, rows):
 def _run(script, world, *flags, fails=False, before=""):
     """Runs a script in a process of its own, with the caches inside the tiny world. Returns what it printed."""
     caches = {"HF_HOME": str(world / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    if not _v5():
+        # transformers 4.46 resumes with a bare torch.load, which torch >= 2.6 refuses for the random states.
+        caches["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     code = ["-c", before] if before else [str(EXAMPLES / script)]
     done = subprocess.run(
         [sys.executable, *code, *map(str, flags)],
@@ -357,6 +360,8 @@ def glue_data():
         sys.path.remove(str(EXAMPLES))
 
 
+# Some releases of datasets leave a csv file for the garbage collector to close.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["single.csv", "single.tsv", "single.jsonl", "pairs.parquet"])
 def test_every_kind_of_file_is_read(glue_data, world, name, tmp_path):
     data = glue_data._load_file(str(world / name), str(tmp_path))
@@ -366,6 +371,7 @@ def test_every_kind_of_file_is_read(glue_data, world, name, tmp_path):
     assert [r[column] for r in data] == [_review(i)["sentence"] for i in range(32)]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_cells_that_look_missing_or_quoted_stay_text(glue_data, tmp_path):
     (tmp_path / "odd.tsv").write_text('sentence\tlabel\n"half a quote\t1\nNA\t0\nnull\t1\n')
     data = glue_data._load_file(str(tmp_path / "odd.tsv"), str(tmp_path))
