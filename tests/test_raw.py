@@ -383,6 +383,11 @@ ATTACKS = {
     "pgd": (PGD(epsilon=1.0, steps=2), {"adv_method": "pgd", "adv_steps": 2}),
     "weights": (FGM(weight=0.5, clean_weight=0.25), {"adv_weight": 0.5, "adv_clean_weight": 0.25}),
     "adversarial only": (FGM(clean_weight=0.0), {"adv_clean_weight": 0.0}),
+    # The raw gradient: whatever the loss was multiplied by must be taken out again.
+    "none": (
+        FGM(epsilon=9.0, norm="none", clean_weight=0.5),
+        {"adv_epsilon": 9.0, "adv_norm": "none", "adv_clean_weight": 0.5},
+    ),
     "example": (FGM(scope="example"), {"adv_scope": "example"}),
     "token": (
         FGM(epsilon=0.3, scope="token", norm="linf"),

@@ -156,6 +156,29 @@ def test_schedule(flags, epsilons):
         assert line.get("adv_delta_norm", 0) == pytest.approx(epsilon)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_raw_gradient_is_that_of_the_unweighted_loss(scope):
+    model = tiny("bert")
+    flags = {"adv_weight": 0.5, "adv_clean_weight": 0.25}
+    check(model, padded_data(model), scope, epsilon=9.0, norm="none", flags=flags, weight=0.5, clean_weight=0.25)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_without_a_mask_the_padding_id_says_where_no_token_is(scope):
+    """Padding then reaches the loss, and still gets no perturbation."""
+    model = tiny("bert")
+    data = padded_data(model)
+    bare = [{key: example[key] for key in ("input_ids", "labels")} for example in data]
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    train(ours, bare, adv_scope=scope, adv_epsilon=EPSILON[scope])
+
+    def loss_of(model, batch, attention_mask, **inputs):
+        return model(**inputs, labels=batch["labels"]).loss
+
+    reference.train(theirs, batches(data, 4), scope, epsilon=EPSILON[scope], loss_of=loss_of)
+    assert distance(ours, theirs) < TOLERANCE
+
+
 class _RandomStates(TrainerCallback):
     """The random state after each step."""
 
