@@ -68,13 +68,13 @@ Run = dict[str, dict[str, Measured]]
 class DemoArguments:
     """What the demo lets one choose."""
 
-    adv_epsilon: float = field(default=0.3, metadata={"help": "Size of the perturbation in training."})
+    adv_epsilon: float = field(default=0.2, metadata={"help": "Size of the perturbation in training."})
     adv_scope: str = field(default="example", metadata={"help": "`vocabulary`, `example` or `token`."})
     adv_warmup: float = field(default=0.5, metadata={"help": "Fraction of training over which epsilon rises."})
     seed: int = field(default=0, metadata={"help": "Seed of the new head, the order of the data and the dropout."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Several seeds: prints mean and spread."})
     train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
-    test_samples: int = field(default=150, metadata={"help": "Snippets of each test set to attack."})
+    test_samples: int = field(default=100, metadata={"help": "Snippets of each test set to attack."})
     clean_samples: int = field(default=1000, metadata={"help": "Snippets of each test set without attack."})
     test_epsilons: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.4], metadata={"help": "Lengths of the attack in the evaluation."}

@@ -44,11 +44,17 @@ class RobustnessReport:
         return asdict(self)
 
     def metrics(self, prefix: str = "robust") -> dict[str, float]:
-        """The report as flat figures by name, such as `robust_pgd-10_0.2`, for logs and `all_results.json`."""
-        flat = {
-            f"{prefix}_{a}_{e:g}": s for a, row in self.scores.items() for e, s in zip(self.epsilons, row, strict=True)
-        }
-        return {f"{prefix}_clean": self.clean, **flat}
+        """The report as flat figures by name, such as `robust_pgd-10_0.2`, for logs and `all_results.json`.
+
+        For regression, Pearson's correlations as well: `robust_pearson_pgd-10_0.2`.
+        """
+        flat = {f"{prefix}_clean": self.clean, **self._flat(prefix, self.scores)}
+        if self.pearson is not None and self.clean_pearson is not None:
+            flat |= {f"{prefix}_pearson_clean": self.clean_pearson, **self._flat(f"{prefix}_pearson", self.pearson)}
+        return flat
+
+    def _flat(self, prefix: str, rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        return {f"{prefix}_{a}_{e:g}": s for a, row in rows.items() for e, s in zip(self.epsilons, row, strict=True)}
 
 
 @dataclass
@@ -87,7 +93,7 @@ def evaluate_robustness(
         target: what is perturbed, as `adv_target`.
         batch_size: examples a batch.
         collate_fn: makes a batch of a list of examples; None for transformers' `default_data_collator`.
-        seed: of whatever an attack draws.
+        seed: of whatever an attack draws; noise is drawn batch by batch, so it depends on `batch_size` too.
         progress: show a bar.
 
     Returns:
@@ -199,8 +205,8 @@ def _report(
     regression = labels.is_floating_point()
 
     def score(outcomes: list[_Outcome]) -> float:
-        error = torch.cat([o.error for o in outcomes]).double().mean().item()
-        return error if regression else 1.0 - error
+        values = [o.error.double() if regression else o.right.double() for o in outcomes]
+        return torch.cat(values).mean().item()
 
     def pearson(outcomes: list[_Outcome]) -> float:
         prediction = torch.cat([o.prediction for o in outcomes]).double().cpu()

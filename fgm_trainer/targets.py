@@ -142,11 +142,16 @@ class Pass:
         if len(places) > 2:
             return None
         mask = self._mask
-        if isinstance(mask, Tensor) and mask.dim() <= 3 and mask.numel() == places.numel():
+        if isinstance(mask, Tensor) and mask.dim() <= 3 and mask.numel() == places.numel() and self._is_first(ids):
             return mask.to(value.device).view(places).bool()
         if ids is not None and self._padding_id is not None:
             return ids != self._padding_id
         return None
+
+    def _is_first(self, ids: Tensor | None) -> bool:
+        """Whether these are the ids of the first call: `attention_mask` says nothing of a second tower's."""
+        first = self._ids[0] if self._ids else None
+        return ids is None or first is None or ids.data_ptr() == first.data_ptr()
 
 
 class Target:

@@ -425,8 +425,8 @@ class _CollapseWatch:
         self._said = True
         logger.warning(
             f"Collapse? After {step} of {total} steps the clean loss is {loss:.4g}, and it was {self._first:.4g} in "
-            "the first logging window: the model does not learn. A perturbation that is too large from the start does "
-            "this. Try a smaller adv_epsilon, a rise over adv_warmup=0.5 of training, or a smaller learning rate."
+            "the first logging window: the model has not learned yet. A perturbation that is too large from the start "
+            "does this. Try a smaller adv_epsilon, a rise over adv_warmup=0.5 of training, or a smaller learning rate."
         )
 
 
