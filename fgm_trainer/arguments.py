@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from .attacks import ATTACKS, Attack, attack_class, own_settings
 from .geometry import NORMS, SCOPES
 from .schedule import Schedule
+from .targets import INPUT_TENSORS
 
 _METHODS = ", ".join(sorted(ATTACKS))
 
@@ -163,7 +164,7 @@ def _problems(args: AdversarialArguments) -> list[str]:
         found.append(f"adv_every must be a whole number, 1 or more; found {args.adv_every!r}.")
     if args.adv_scope is not None and args.adv_scope not in SCOPES:
         found.append(f"adv_scope must be one of {', '.join(SCOPES)}; found {args.adv_scope!r}.")
-    elif args.adv_scope == "vocabulary" and args.adv_target != "word_embeddings" and "embed" not in args.adv_target:
+    elif args.adv_scope == "vocabulary" and args.adv_target in INPUT_TENSORS:
         found.append(
             f"adv_scope='vocabulary' exists for token lookups only, and adv_target is {args.adv_target!r}; "
             "write adv_scope='example'."
@@ -172,6 +173,9 @@ def _problems(args: AdversarialArguments) -> list[str]:
         found.append(f"adv_norm must be one of {', '.join(NORMS)}; found {args.adv_norm!r}.")
     if args.adv_kwargs is not None and not isinstance(args.adv_kwargs, dict):
         found.append(f"adv_kwargs must be a JSON object; found {args.adv_kwargs!r}.")
+    for name in ("steps", "step_size"):
+        if isinstance(args.adv_kwargs, dict) and name in args.adv_kwargs and getattr(args, f"adv_{name}") is not None:
+            found.append(f"{name} is given twice: adv_{name} and adv_kwargs[{name!r}]. Leave one out.")
     try:
         method = attack_class(args.adv_method)
     except ValueError as error:

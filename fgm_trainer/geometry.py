@@ -72,6 +72,10 @@ class Units:
         norm: Tensor = torch.linalg.vector_norm(self._only(self._once(), values), dim=self._dims(values), keepdim=True)
         return norm
 
+    def only_tokens(self, values: Tensor) -> Tensor:
+        """`values`, zero where there is no token."""
+        return self._only(self.tokens, values)
+
     def _dims(self, values: Tensor) -> tuple[int, ...]:
         first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]
         return tuple(range(first, values.dim()))

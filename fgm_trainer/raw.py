@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
@@ -46,12 +47,15 @@ class FGM:
     def __init__(self, model: nn.Module) -> None:
         lookup = input_embedding(model)
         self._model = model
-        self._weight: Tensor = lookup.weight  # type: ignore[assignment]
+        inside: list[nn.Module] = [m for m in lookup.modules() if isinstance(m, nn.Embedding)] or [lookup]
+        # An adapter's wrapper holds the original, frozen, and the copy that is in use.
+        used = next((m for m in inside if any(p.requires_grad for p in m.parameters(recurse=False))), inside[0])
+        self._weight: Tensor = used.weight  # type: ignore[assignment]
         self._padding: int | None = getattr(lookup, "padding_idx", None)
         lookups = shared_lookups(model, lookup)
         self._refuse(model, lookups)
         self._met: list[tuple[Tensor, Tensor]] = []
-        self._fresh = False
+        self._backward_pass = -1
         self._kept: tuple[Tensor, Tensor] | None = None
         self._handles = [m.register_forward_hook(self._on_lookup, with_kwargs=True) for m in lookups]
 
@@ -66,11 +70,12 @@ class FGM:
             Itself, for `with`.
 
         Raises:
-            ValueError: `emb_name` matches nothing, or more than the lookup's weight.
+            ValueError: `emb_name` matches nothing, or more than the lookup's weight; epsilon is no number 0 or more.
             RuntimeError: a second attack before `restore()`, or no backward pass since the last one.
         """
         if self._kept is not None:
             raise RuntimeError("attack() was called twice: call restore() before the next attack.")
+        _check_epsilon(epsilon)
         if emb_name is not None:
             self._check_name(emb_name)
         if not self._met:
@@ -98,7 +103,7 @@ class FGM:
         rows, values = self._kept
         with torch.no_grad():
             self._weight[rows] = values
-        self._kept, self._met, self._fresh = None, [], False
+        self._kept, self._met = None, []
 
     def close(self) -> None:
         """Puts back what is moved and removes the hook."""
@@ -118,16 +123,15 @@ class FGM:
     def _on_lookup(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         if not torch.is_grad_enabled() or self._kept is not None:
             return None
-        if self._fresh:
-            # The first forward pass after a backward pass: what that one left is of no use any more.
-            self._met, self._fresh = [], False
         ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
         if not output.requires_grad:
             # A frozen embedding, as under LoRA: its output is where the gradient starts to matter.
             output = output.detach().requires_grad_()
 
         def keep(gradient: Tensor) -> None:
-            self._fresh = True
+            if self._backward_pass != (this := torch._C._current_graph_task_id()):
+                # What an earlier backward pass left is of no use any more.
+                self._met, self._backward_pass = [], this
             self._met.append((ids, gradient.detach()))
 
         output.register_hook(keep)
@@ -228,12 +232,13 @@ class Adversary:
         """
         loss_of = loss_of or _model_loss
         epsilon = self._attack.epsilon if epsilon is None else epsilon
+        _check_epsilon(epsilon)
         losses: list[Tensor] = []
 
         def train(request: Train, last: bool) -> Answer | None:
             scale: list[Tensor] = []
             local = nullcontext() if last else gradients_stay_local(self._accelerator, self._model)
-            with local, self._place.record(batch, request.delta, gradient=not last) as seen:
+            with local, self._place.record(request.delta, gradient=not last) as seen:
                 loss = loss_of(self._model, batch)
                 if not seen.calls:
                     raise RuntimeError(self._place.unreached(batch))
@@ -248,23 +253,35 @@ class Adversary:
             return Answer(gradient / scale[0], seen.units(self._scope), loss.detach())
 
         def look_(request: Look) -> Answer:
-            seen, gradient, loss = look(self._place, batch, request.delta, lambda: loss_of(self._inner, batch))
-            return Answer(gradient, seen.units(self._scope), loss)
+            scale: list[Tensor] = []
+
+            def scaled() -> Tensor:
+                loss = loss_of(self._inner, batch)
+                loss.register_hook(scale.append)
+                scaler = getattr(self._accelerator, "scaler", None)
+                value: Tensor = loss if scaler is None else scaler.scale(loss)
+                return value
+
+            seen, gradient, loss = look(self._place, batch, request.delta, scaled)
+            return Answer(gradient / scale[0], seen.units(self._scope), loss / scale[0])
 
         if epsilon == 0:
             loss = loss_of(self._model, batch)
             self._backward(loss)
             return loss.detach()
-        self._count += 1
-        run(self._attack, epsilon, hash((self._seed, self._count, self._rank())) % 2**63, train, look_)
+        run(self._attack, epsilon, self._next_seed(), train, look_)
         return losses[0]
 
     def close(self) -> None:
         """Removes the hooks."""
         self._place.detach()
 
-    def _rank(self) -> int:
-        return 0 if self._accelerator is None else int(self._accelerator.process_index)
+    def _next_seed(self) -> int:
+        """Differs by micro-batch over all processes: N processes draw as accumulation over N does."""
+        shared = self._accelerator
+        rank, world = (0, 1) if shared is None else (shared.process_index, shared.num_processes)
+        batch, self._count = self._count * world + rank, self._count + 1
+        return hash((self._seed, batch)) % 2**63
 
     def _backward(self, loss: Tensor) -> None:
         if self._accelerator is None:
@@ -298,5 +315,11 @@ def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
 
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    loss: Tensor = model(**batch).loss
+    outputs = model(**batch)
+    loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
     return loss
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be a finite number, 0 or more; found {epsilon!r}.")

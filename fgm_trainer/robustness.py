@@ -64,6 +64,7 @@ class _Outcome:
     right: Tensor
     error: Tensor
     prediction: Tensor
+    regression: bool
 
 
 def evaluate_robustness(
@@ -139,7 +140,7 @@ def _attacked(
     right[standing] = after.right
     error[standing] = torch.where(worse, after.error, now.error[standing])
     prediction[standing] = torch.where(worse, after.prediction, now.prediction[standing])
-    return _Outcome(right, error, prediction)
+    return _Outcome(right, error, prediction, now.regression)
 
 
 def _logits_under(
@@ -156,7 +157,7 @@ def _logits_under(
     def train(request: Train, last: bool) -> Answer | None:
         if not last:
             return look_(request)
-        with place.record(batch, request.delta, gradient=False) as seen:
+        with place.record(request.delta, gradient=False) as seen:
             logits.append(_logits(model, batch))
             seen.check()
             if not seen.calls:
@@ -193,16 +194,16 @@ def _judge(logits: Tensor, labels: Tensor) -> _Outcome:
     if logits.shape[1] == 1:
         prediction = logits[:, 0].float()
         error = (prediction - labels.flatten()).square()
-        return _Outcome(torch.ones_like(error, dtype=torch.bool), error, prediction)
+        return _Outcome(torch.ones_like(error, dtype=torch.bool), error, prediction, True)
     prediction = logits.argmax(dim=1)
     right = prediction == labels.flatten()
-    return _Outcome(right, (~right).float(), prediction.float())
+    return _Outcome(right, (~right).float(), prediction.float(), False)
 
 
 def _report(
     clean: list[_Outcome], scores: dict[str, list[list[_Outcome]]], labels: Tensor, grid: tuple[float, ...]
 ) -> RobustnessReport:
-    regression = labels.is_floating_point()
+    regression = clean[0].regression
 
     def score(outcomes: list[_Outcome]) -> float:
         values = [o.error.double() if regression else o.right.double() for o in outcomes]
@@ -225,16 +226,17 @@ def _report(
 
 def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack], dataset: Any) -> tuple[float, ...]:
     problems = []
+    epsilons = [float(e) for e in epsilons]
     if not attacks:
         problems.append("there is no attack: pass at least one, such as FGM().")
-    bad = [e for e in epsilons if not (isinstance(e, (int, float)) and 0 <= e < float("inf"))]
+    bad = [e for e in epsilons if not 0 <= e < float("inf")]
     if bad or not epsilons:
-        problems.append(f"epsilons must be finite numbers, 0 or more, at least one; found {list(epsilons)!r}.")
+        problems.append(f"epsilons must be finite numbers, 0 or more, at least one; found {epsilons!r}.")
     if not len(dataset):
         problems.append("the data set is empty.")
     if problems:
         raise ValueError("Robustness can't be evaluated: " + " ".join(problems))
-    return tuple(sorted(float(e) for e in set(epsilons)))
+    return tuple(sorted(set(epsilons)))
 
 
 def _names(attacks: Sequence[Attack]) -> list[str]:

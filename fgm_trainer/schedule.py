@@ -35,4 +35,5 @@ class Schedule:
 
 def in_steps(duration: float, total: int) -> int:
     """A duration in whole optimizer steps."""
-    return math.ceil(duration * total) if duration < 1 else int(duration)
+    # Rounded first: 0.07 * 100 is a little more than 7 in binary.
+    return math.ceil(round(duration * total, 9)) if duration < 1 else int(duration)

@@ -8,6 +8,8 @@ none can be left perturbed, and `weight.grad`, which may hold earlier micro-batc
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,14 +30,14 @@ class Pass:
     Args:
         delta: the perturbation to add, (rows, positions, dimension), or None for none.
         gradient: whether the gradient with respect to the perturbation is wanted.
-        batch: the model's inputs; their attention mask says which positions carry a token.
         padding_id: the id that carries no token, where there is no attention mask.
     """
 
-    def __init__(self, delta: Tensor | None, gradient: bool, batch: Mapping[str, Any], padding_id: int | None) -> None:
+    def __init__(self, delta: Tensor | None, gradient: bool, padding_id: int | None) -> None:
         self._delta, self._wanted = delta, gradient
-        self._mask = batch.get("attention_mask")
         self._padding_id = padding_id
+        # The attention mask of the call in progress, (rows, positions): true where there is a token.
+        self.mask: Tensor | None = None
         self._leaves: list[Tensor] = []
         self._ids: list[Tensor | None] = []
         self._tokens: list[Tensor | None] = []
@@ -80,13 +82,14 @@ class Pass:
 
     def gradient(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The gradients of `leaves`, stacked: (rows, positions, dimension)."""
-        missing = [g for g in gradients if g is None]
-        if missing or not gradients:
+        if all(g is None for g in gradients):
             raise RuntimeError(
                 "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
                 "`adv_target` that lies on the way from the inputs to the loss."
             )
-        return _stack([g for g in gradients if g is not None])
+        # A call without a gradient (a teacher's, under no_grad) has no direction.
+        pairs = zip(gradients, self._leaves, strict=True)
+        return _stack([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs])
 
     def units(self, scope: str) -> Units:
         """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
@@ -139,19 +142,15 @@ class Pass:
 
     def _find_tokens(self, value: Tensor, ids: Tensor | None) -> Tensor | None:
         places = value.shape[:-1] if ids is None else ids.shape
-        if len(places) > 2:
-            return None
-        mask = self._mask
-        if isinstance(mask, Tensor) and mask.dim() <= 3 and mask.numel() == places.numel() and self._is_first(ids):
-            return mask.to(value.device).view(places).bool()
+        mask = None if self.mask is None or len(places) != 2 else self.mask.to(value.device).bool()
+        if mask is not None and mask.shape[-1] == places[1] and mask.numel() == places.numel():
+            return mask.view(places)
+        if mask is not None and mask.shape[0] == places[0] and mask.shape[1] < places[1]:
+            # Padded inside the model to a multiple of its window (Longformer).
+            return nn.functional.pad(mask, (0, places[1] - mask.shape[1]))
         if ids is not None and self._padding_id is not None:
             return ids != self._padding_id
         return None
-
-    def _is_first(self, ids: Tensor | None) -> bool:
-        """Whether these are the ids of the first call: `attention_mask` says nothing of a second tower's."""
-        first = self._ids[0] if self._ids else None
-        return ids is None or first is None or ids.data_ptr() == first.data_ptr()
 
 
 class Target:
@@ -166,6 +165,7 @@ class Target:
         self._handles: list[Any] = []
         self._pass: Pass | None = None
         self._padding_id: int | None = None
+        self._positions_first = False
         self.model: nn.Module | None = None
 
     @property
@@ -178,7 +178,8 @@ class Target:
         if is_compiled(model):
             # Code compiled earlier does not know of hooks registered now.
             torch.compiler.reset()
-        self._padding_id = _padding_id(model)
+        # XLNet computes on (positions, examples, dimension).
+        self._positions_first = getattr(getattr(model, "config", None), "model_type", None) == "xlnet"
         self._handles = self._register(model)
         self.model = model
 
@@ -189,20 +190,56 @@ class Target:
         self._handles, self.model, self._pass = [], None, None
 
     @contextmanager
-    def record(self, batch: Mapping[str, Any], delta: Tensor | None = None, *, gradient: bool) -> Iterator[Pass]:
+    def record(self, delta: Tensor | None = None, *, gradient: bool) -> Iterator[Pass]:
         """One pass: inside, the target's tensor is moved by `delta`; the yielded `Pass` says what was met."""
-        self._pass = Pass(delta, gradient, batch, self._padding_id)
+        self._pass = Pass(delta, gradient, self._padding_id)
         try:
             yield self._pass
         finally:
             self._pass = None
 
-    def unreached(self, batch: Mapping[str, Any]) -> str:
+    def unreached(self, batch: Any) -> str:
         """Why a forward pass on this batch may not have met the target."""
         return f"The forward pass never reached the target {self}: nothing would be perturbed."
 
     def _register(self, model: nn.Module) -> list[Any]:
         raise NotImplementedError
+
+    def _meet(self, seen: Pass, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
+        if not self._positions_first:
+            return seen.meet(value, ids, vocabulary_size)
+        ids = None if ids is None else ids.transpose(0, 1)
+        return seen.meet(value.transpose(0, 1), ids, vocabulary_size).transpose(0, 1)
+
+    def _watch_masks(self, model: nn.Module, inside: Sequence[nn.Module]) -> list[Any]:
+        """Hooks that note the attention mask with which the modules around `inside` are called, the innermost's last.
+
+        The mask of the batch would not do: two towers have one each, R-Drop doubles it, a decoder has its own.
+        """
+        handles = []
+        for module in model.modules():
+            within = list(module.modules())
+            if not any(m is other for m in inside for other in within):
+                continue
+            places = list(inspect.signature(module.forward).parameters)
+            if "attention_mask" in places:
+                hook = self._hook(model, functools.partial(self._on_masked_call, places.index("attention_mask")))
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
+
+    def _on_masked_call(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._pass is None:
+            return
+        mask = args[place] if place < len(args) else kwargs.get("attention_mask")
+        if (
+            isinstance(mask, Tensor)
+            and mask.dim() in (2, 3)
+            and not (mask.dim() == 3 and mask.shape[1] == mask.shape[2])
+        ):
+            self._pass.mask = mask
+        elif kwargs.get("encoder_hidden_states") is not None:
+            # A decoder without a mask of its own: the encoder's says nothing of its positions.
+            self._pass.mask = None
 
     def _hook(self, model: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
         # A hook keeps state from call to call, which a compiled graph can't: it runs outside of the graph.
@@ -230,8 +267,8 @@ class EmbeddingOutput(Target):
     def __str__(self) -> str:
         return f"'{self.module or 'word_embeddings'}' (the input token lookup)"
 
-    def unreached(self, batch: Mapping[str, Any]) -> str:
-        if batch.get("inputs_embeds") is not None and batch.get("input_ids") is None:
+    def unreached(self, batch: Any) -> str:
+        if isinstance(batch, Mapping) and batch.get("inputs_embeds") is not None and batch.get("input_ids") is None:
             return (
                 "The batch holds `inputs_embeds` and no `input_ids`, so the model looks up no tokens and there is "
                 "nothing to perturb at adv_target='word_embeddings'. Write adv_target='inputs_embeds' to perturb that "
@@ -241,14 +278,21 @@ class EmbeddingOutput(Target):
 
     def _register(self, model: nn.Module) -> list[Any]:
         if self.module is not None:
-            lookup, lookups = find_module(model, self.module), [find_module(model, self.module)]
+            lookups = [find_module(model, self.module)]
             handles = []
+            tokens = lookups[0] in shared_lookups(model, model.get_input_embeddings())  # type: ignore[operator]
         else:
-            lookup = input_embedding(model)
             encoder = _encoder(model)
-            lookups = shared_lookups(encoder or model, lookup)
+            lookups = shared_lookups(encoder or model, input_embedding(model))
+            if encoder is not None and not lookups:
+                # Not tied: the encoder has a lookup of its own.
+                lookups = [input_embedding(encoder)]
             handles = [] if encoder is None else self._register_encoder(encoder)
+            tokens = True
+        # Position and type ids look up as well, and their 0 is no padding.
+        self._padding_id = _padding_id(model) if tokens else None
         hook = self._hook(model, self._on_lookup)
+        handles += self._watch_masks(model, lookups)
         return handles + [m.register_forward_hook(hook, with_kwargs=True) for m in lookups]
 
     def _register_encoder(self, encoder: nn.Module) -> list[Any]:
@@ -269,7 +313,7 @@ class EmbeddingOutput(Target):
         if self._pass is None or not self._inside_encoder:
             return None
         ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
-        return self._pass.meet(output, ids, _vocabulary_size(module))
+        return self._meet(self._pass, output, ids, _vocabulary_size(module))
 
 
 class ModuleOutput(Target):
@@ -288,18 +332,19 @@ class ModuleOutput(Target):
 
     def _register(self, model: nn.Module) -> list[Any]:
         module = find_module(model, self.module)
-        return [module.register_forward_hook(self._hook(model, self._on_output))]
+        handles = self._watch_masks(model, [module])
+        return [*handles, module.register_forward_hook(self._hook(model, self._on_output))]
 
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._pass is None:
             return None
         if isinstance(output, Tensor):
-            return self._pass.meet(output)
+            return self._meet(self._pass, output)
         if isinstance(output, tuple) and isinstance(output[0], Tensor):
-            return (self._pass.meet(output[0]), *output[1:])
+            return (self._meet(self._pass, output[0]), *output[1:])
         if isinstance(output, Mapping):
             name = next(k for k, v in output.items() if isinstance(v, Tensor))
-            output[name] = self._pass.meet(output[name])  # type: ignore[index]  # a ModelOutput
+            output[name] = self._meet(self._pass, output[name])  # type: ignore[index]  # a ModelOutput
             return output
         raise TypeError(
             f"adv_target {self.module!r} returns {type(output).__name__}, in which there is no tensor first. "
@@ -323,7 +368,7 @@ class InputTensor(Target):
 
     def _register(self, model: nn.Module) -> list[Any]:
         hook = self._hook(model, self._on_call)
-        return [model.register_forward_pre_hook(hook, with_kwargs=True)]
+        return [*self._watch_masks(model, [model]), model.register_forward_pre_hook(hook, with_kwargs=True)]
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._pass is None or kwargs.get(self.name) is None:
@@ -370,7 +415,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         embedding = None
-    if not isinstance(embedding, nn.Module) or not _is_lookup(embedding):
+    if not isinstance(embedding, nn.Module) or not any(_is_lookup(m) for m in embedding.modules()):
         raise ValueError(
             f"{type(model).__name__} has no token lookup at get_input_embeddings(), so adv_target='word_embeddings' "
             "means nothing here. Name a module path or an input tensor, such as adv_target='pixel_values'."
@@ -396,26 +441,34 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def look(
-    target: Target, batch: Mapping[str, Any], delta: Tensor | None, loss_of: Callable[[], Tensor]
+    target: Target, batch: Any, delta: Tensor | None, loss_of: Callable[[], Tensor]
 ) -> tuple[Pass, Tensor, Tensor]:
     """The gradient of the loss with respect to the perturbation alone: no weight gradient is computed or touched.
 
     Args:
         target: an attached target.
-        batch: the model's inputs.
+        batch: the model's inputs, for the message where they never reach the target.
         delta: where the gradient is taken; None for zero.
         loss_of: runs the forward pass and returns the loss, a scalar.
 
     Returns:
         The pass, the gradient dL/d(delta) and the loss. Running statistics of batch norms stay as they are.
     """
-    with target.record(batch, delta, gradient=True) as seen, torch.enable_grad(), _still_statistics(target.model):
+    with target.record(delta, gradient=True) as seen, torch.enable_grad(), _still_statistics(target.model):
         loss = loss_of()
         if not seen.calls:
             raise RuntimeError(target.unreached(batch))
         seen.check()
         seen.forward_done = True
-        gradients = torch.autograd.grad(loss, seen.leaves, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(loss, seen.leaves, allow_unused=True)
+        except RuntimeError as error:
+            if "reentrant" not in str(error):
+                raise
+            raise RuntimeError(
+                "Reentrant gradient checkpointing can't give the gradient with respect to the perturbation alone. "
+                "Enable it with use_reentrant=False."
+            ) from error
         return seen, seen.gradient(gradients), loss.detach()
 
 
@@ -437,7 +490,8 @@ def _is_lookup(module: nn.Module) -> bool:
 
 
 def _vocabulary_size(module: nn.Module) -> int:
-    weight: Any = module.weight
+    # An adapter's wrapper may hold several lookups of the same size.
+    weight: Any = next(m for m in module.modules() if _is_lookup(m)).weight
     rows: Any = getattr(module, "num_embeddings", None) or weight.shape[0]
     return int(rows)
 

@@ -62,16 +62,27 @@ class AdversarialTrainerMixin(_Base):
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
                 "Leave one out."
             )
-        self._announce_default = attack is None and flags is None
-        self.attack: Attack = attack or (flags.make_attack() if flags else FGM(epsilon=1.0))
-        self.schedule: Schedule = flags.make_schedule() if flags else Schedule()
-        self._target: str | Target = target or (flags.adv_target if flags else "word_embeddings")
-        self._same_dropout = flags is not None and flags.adv_same_dropout
+        self._given_attack, self._given_target = attack, target
+        self._configure()
         self._place: Target | None = None
         self._position = (-1, 0)
         self._checked_batch = False
         self._window = _Window()
         self._watch = _CollapseWatch()
+
+    def _configure(self) -> None:
+        """Reads the flags; again when training starts, since a hyperparameter search sets them one by one."""
+        flags = self.args if isinstance(self.args, AdversarialArguments) else None
+        self.attack: Attack = self._given_attack or (flags.make_attack() if flags else FGM(epsilon=1.0))
+        self.schedule: Schedule = flags.make_schedule() if flags else Schedule()
+        self._target: str | Target = self._given_target or (flags.adv_target if flags else "word_embeddings")
+        self._same_dropout = flags is not None and flags.adv_same_dropout
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self._configure()
+        if self.attack.epsilon > 0:
+            self._refuse()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, after every problem of the configuration was looked for.
@@ -79,12 +90,13 @@ class AdversarialTrainerMixin(_Base):
         Raises:
             ValueError: one message with all of them.
         """
-        if self.attack.epsilon == 0:
-            return super().train(*args, **kwargs)
-        self._refuse()
-        if self._announce_default:
+        self._configure()
+        if self.attack.epsilon > 0:
+            self._refuse()
+        if self._given_attack is None and not isinstance(self.args, AdversarialArguments):
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
-        self._window, self._watch, self._checked_batch = _Window(), _CollapseWatch(), False
+        self._window, self._watch = _Window(), _CollapseWatch()
+        self._checked_batch, self._position = False, (-1, 0)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -179,9 +191,10 @@ class AdversarialTrainerMixin(_Base):
                 _restore(random_state)
                 if not last:
                     stack.enter_context(gradients_stay_local(self.accelerator, model))
-                seen = stack.enter_context(place.record(inputs, request.delta, gradient=not last))
+                seen = stack.enter_context(place.record(request.delta, gradient=not last))
                 scale = stack.enter_context(self._compute_loss_seen(place, seen, inputs, request.weight))
                 loss = stock() / request.weight
+                self._check_forward(seen)
             losses.append(loss)
             if request.delta is not None:
                 # Only the perturbation that is trained on last is reported.
@@ -215,15 +228,26 @@ class AdversarialTrainerMixin(_Base):
         return losses[0]
 
     def _answer(self, seen: Pass, gradient: Tensor, loss: Tensor, scope: str) -> Answer:
-        self._window.gradient(gradient)
-        return Answer(gradient, seen.units(scope), loss)
+        units = seen.units(scope)
+        self._window.gradient(units.only_tokens(gradient))
+        return Answer(gradient, units, loss)
 
     def _check_batch(self, place: Target, inputs: Mapping[str, Any], stock: Callable[[], Tensor]) -> Tensor:
         """The first batch is checked even where the attack starts later."""
-        with place.record(inputs, gradient=False) as seen, self._compute_loss_seen(place, seen, inputs, 1.0):
+        with place.record(gradient=True) as seen, self._compute_loss_seen(place, seen, inputs, 1.0):
             loss = stock()
+            self._check_forward(seen)
+        seen.gradient([leaf.grad for leaf in seen.leaves])
+        seen.units(self._resolved().scope or "")
         self._checked_batch = True
         return loss
+
+    def _check_forward(self, seen: Pass) -> None:
+        if not seen.forward_done:
+            raise RuntimeError(
+                f"{type(self).__name__}.training_step does not call self.compute_loss, where the loss is weighted and "
+                "the perturbation checked. Let it call compute_loss, or use fgm_trainer.raw.Adversary in a loop."
+            )
 
     @contextmanager
     def _compute_loss_seen(
@@ -321,10 +345,12 @@ class AdversarialTrainerMixin(_Base):
                 f"{self.args.n_gpu} script.py ...`."
             )
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
-        if any(part in optimizer for part in _STEPS_IN_BACKWARD):
+        given = type(self.optimizer).__name__ if self.optimizer is not None else ""
+        if any(part in name.lower() for part in _STEPS_IN_BACKWARD for name in (optimizer, given)):
             problems.append(
-                f"optim={optimizer!r} steps inside the backward pass, so the clean pass would change the weights "
-                "before the adversarial one. Choose an optimizer that steps afterwards, such as optim='adamw_torch'."
+                f"optim={optimizer!r}{given and f' ({given})'} steps inside the backward pass, so the clean pass would "
+                "change the weights before the adversarial one. Choose an optimizer that steps afterwards, such as "
+                "optim='adamw_torch'."
             )
         twice = [c.__name__ for c in type(self).__mro__ if c.__name__ in _STEPS_TWICE]
         if twice:
@@ -364,8 +390,12 @@ class _Window:
         """A micro-batch is attacked; `first` where it is the first of its optimizer step."""
         if self._sums is None:
             self._sums = torch.zeros(3, dtype=torch.float32, device=device)
+            self._old_bad = self._sums[:0]
         if first or not self._bad:
             self._steps += 1
+            if len(self._bad) == 1024:
+                # No log line for long: one tensor in place of many.
+                self._old_bad, self._bad = torch.cat([self._old_bad, torch.stack(self._bad)]), []
             self._bad.append(torch.zeros((), dtype=torch.float32, device=device))
 
     def gradient(self, gradient: Tensor) -> None:
@@ -375,7 +405,7 @@ class _Window:
     def perturbed(self, loss: Tensor, norms: tuple[Tensor, Tensor] | None) -> None:
         """A perturbed pass: its loss, and the row norms of tensor and perturbation where it was the last."""
         assert self._sums is not None
-        self._sums[0] += loss
+        self._sums[0] += loss.sum()
         if norms is not None:
             values, deltas = norms
             self._rows += len(deltas)
@@ -387,7 +417,7 @@ class _Window:
         if self._sums is None:
             return {}
         rows = self._sums.new_tensor([float(self._rows)])
-        sums = accelerator.reduce(torch.cat([self._sums, rows, *(b[None] for b in self._bad)]), reduction="sum")
+        sums = accelerator.reduce(torch.cat([self._sums, rows, self._old_bad, torch.stack(self._bad)]), reduction="sum")
         loss, delta, ratio, count, *bad = sums.tolist()
         figures = {
             "adv_loss": loss / self._steps / accelerator.num_processes,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_faults import examples, flags, same, tiny_bert, weights
 from test_trainer import CHECKPOINTING
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainerMixin, AdversarialTrainingArguments
 from fgm_trainer.trainer import AdversarialTrainer as Direct
@@ -26,10 +26,14 @@ BAD_FLAGS = [
     ({"adv_steps": 3}, "adv_steps is given, but the method 'fgm' has no such setting; its own settings are: none."),
     ({"adv_method": "pgd", "adv_steps": 0}, "steps must be a whole number, 1 or more; found 0."),
     ({"adv_kwargs": "{broken"}, "adv_kwargs must be a JSON object; found '{broken'"),
+    (
+        {"adv_method": "pgd", "adv_steps": 3, "adv_kwargs": '{"steps": 4}'},
+        "steps is given twice: adv_steps and adv_kwargs['steps']. Leave one out.",
+    ),
     ({"adv_kwargs": '{"lam": 1}'}, "adv_kwargs['lam'] is given, but the method 'fgm' has no such setting"),
     (
-        {"adv_scope": "vocabulary", "adv_target": "bert.encoder.layer.0"},
-        "adv_scope='vocabulary' exists for token lookups only, and adv_target is 'bert.encoder.layer.0'",
+        {"adv_scope": "vocabulary", "adv_target": "pixel_values"},
+        "adv_scope='vocabulary' exists for token lookups only, and adv_target is 'pixel_values'",
     ),
 ]
 
@@ -78,6 +82,30 @@ def test_an_unknown_target_lists_near_names(tmp_path):
         "Near names: bert.encoder.layer.1.",
         adv_target="encoder.layer.1",
     )
+
+
+def test_a_scope_that_the_target_does_not_have(tmp_path):
+    settings = {"adv_scope": "vocabulary", "adv_target": "bert.encoder.layer.0"}
+    refused(tmp_path, "adv_scope 'vocabulary' does not exist at adv_target 'bert.encoder.layer.0'", **settings)
+
+
+def test_a_training_step_that_goes_around_compute_loss(tmp_path):
+    class Around(Trainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            loss = model(**inputs).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Attacked(AdversarialTrainerMixin, Around):
+        """The mixin in front of it."""
+
+    refused(tmp_path, "Attacked.training_step does not call self.compute_loss", kind=Attacked)
+
+
+def test_reentrant_checkpointing_switched_on_at_the_model(tmp_path):
+    model = tiny_bert()
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": True})
+    refused(tmp_path, "Reentrant gradient checkpointing can't give", model=model, adv_method="pgd")
 
 
 def test_data_parallel(tmp_path):

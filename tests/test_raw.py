@@ -363,7 +363,7 @@ def test_close():
 class Counting:
     """What Adversary asks of an accelerator, without one: the loss is scaled, as under fp16."""
 
-    process_index = 0
+    process_index, num_processes = 0, 1
     sync_gradients = True
     distributed_type = None
 

@@ -1,0 +1,242 @@
+"""Models that are not called as BERT is: two towers, positions first, wrappers, teachers, searches."""
+
+import types
+
+import pytest
+import torch
+from test_faults import examples, flags, hooks, tiny_bert
+from test_trainer import Snippet, agree, far, run
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+    set_seed,
+)
+
+from fgm_trainer import FGM, AdversarialTrainer, AdversarialTrainerMixin
+from fgm_trainer.schedule import in_steps
+from fgm_trainer.targets import EmbeddingOutput
+
+
+def moved(trainer):
+    """Lets the trainer's target keep every perturbation that it adds, with the call's mask."""
+    kept = []
+    trainer._attached(trainer.model)
+    place = trainer._place
+    meet = place._meet
+
+    def keep(seen, value, ids=None, vocabulary_size=0):
+        result = meet(seen, value, ids, vocabulary_size)
+        if seen._delta is not None:
+            kept.append(((result - value).detach(), seen.mask))
+        return result
+
+    place._meet = keep
+    return kept
+
+
+class TwoTowers(nn.Module):
+    """One encoder, two inputs of the same length, a mask each."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
+        self.config = self.encoder.config
+
+    def get_input_embeddings(self):
+        return self.encoder.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask, input_ids_2, attention_mask_2, labels):
+        one = self.encoder.bert(input_ids, attention_mask=attention_mask)[1]
+        other = self.encoder.bert(input_ids_2, attention_mask=attention_mask_2)[1]
+        return {"loss": nn.functional.cross_entropy(self.encoder.classifier(one * other), labels)}
+
+
+def test_every_tower_keeps_its_own_mask(tmp_path):
+    data = []
+    for first, second in zip(examples(8), examples(8)[::-1], strict=True):
+        data.append({**first, "input_ids_2": second["input_ids"].flip(0), "attention_mask_2": second["attention_mask"]})
+    args = flags(tmp_path, adv_scope="token", max_steps=2)
+    trainer = AdversarialTrainer(model=TwoTowers(), args=args, train_dataset=data)
+    trainer.train()
+    args.adv_scope = "token"
+    kept = []
+    step = trainer._adversarial_step
+
+    def watched(place, *rest):
+        if not kept:
+            kept.extend([moved(trainer)])
+        return step(place, *rest)
+
+    trainer._adversarial_step = watched
+    trainer.train()
+    assert len(kept[0]) == 4
+    for delta, mask in kept[0]:
+        assert torch.equal(delta.norm(dim=-1) > 0, mask.bool())
+        assert delta.norm(dim=-1)[mask.bool()].numpy() == pytest.approx(1.0)
+    assert not torch.equal(kept[0][0][1], kept[0][1][1])
+
+
+def xlnet():
+    set_seed(0)
+    config = XLNetConfig(
+        vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=32, dropout=0.0, summary_last_dropout=0
+    )
+    return XLNetForSequenceClassification(config).double()
+
+
+class XLNetSnippet(Snippet):
+    """XLNet's input embedding is called word_embedding."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        named = self.model.named_parameters
+        self.model.named_parameters = lambda: [
+            (n.replace("word_embedding.", "word_embeddings."), p) for n, p in named()
+        ]
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            del self.model.named_parameters
+
+
+def test_xlnet_with_positions_first(tmp_path):
+    whole = [{**e, "attention_mask": torch.ones(8, dtype=torch.long)} for e in examples()]
+    # A training set whose batches have no more rows than positions would hide nothing: 4 rows, 8 positions.
+    _, ours = run(AdversarialTrainer, tmp_path, xlnet(), data=whole)
+    _, reference = run(XLNetSnippet, tmp_path, xlnet(), data=whole)
+    agree(ours, reference)
+    trainer, _ = run(AdversarialTrainer, tmp_path, xlnet(), settings={"adv_scope": "example", "adv_epsilon": 0.5})
+    assert trainer.state.log_history[0]["adv_delta_norm"] == pytest.approx(0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for the old name
+def test_modules_to_save_is_attacked(tmp_path):
+    peft = pytest.importorskip("peft", reason="an extra of the tests")
+
+    def adapted():
+        set_seed(0)
+        config = peft.LoraConfig(
+            r=2, target_modules=["query"], task_type="SEQ_CLS", lora_dropout=0.0, modules_to_save=["word_embeddings"]
+        )
+        return peft.get_peft_model(tiny_bert().double(), config)
+
+    class Saved(Snippet):
+        def training_step(self, model, inputs, *args, **kwargs):
+            named = self.model.named_parameters
+            self.model.named_parameters = lambda: [(n, p) for n, p in named() if "modules_to_save.default.weight" in n]
+            try:
+                return super().training_step(model, inputs, *args, **kwargs)
+            finally:
+                del self.model.named_parameters
+
+    settings = {"max_grad_norm": 0.0}
+    _, ours = run(AdversarialTrainer, tmp_path, adapted(), settings=settings)
+    _, reference = run(Saved, tmp_path, adapted(), settings=settings)
+    agree(ours, reference)
+    assert far(ours, run(Trainer, tmp_path, adapted(), settings=settings)[1]) > 1e-4
+
+
+def test_a_teacher_without_gradient_inside_compute_loss(tmp_path):
+    class Distilled(AdversarialTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            with torch.no_grad():
+                soft = model(**inputs).logits.softmax(-1)
+            outputs = model(**inputs)
+            loss = nn.functional.cross_entropy(outputs.logits, soft)
+            return (loss, outputs) if return_outputs else loss
+
+    trainer, _ = run(Distilled, tmp_path, tiny_bert(), settings={"max_steps": 2, "adv_scope": "example"})
+    assert trainer.state.log_history[0]["adv_delta_norm"] > 0
+
+
+def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path):
+    class RDrop(AdversarialTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return super().compute_loss(model, {k: torch.cat([v, v]) for k, v in inputs.items()}, return_outputs)
+
+    data = examples()
+    model = tiny_bert()
+    model.config.pad_token_id = int(data[0]["input_ids"][0])  # a real token: padding may end a sentence, too
+    args = flags(tmp_path, adv_scope="token", max_steps=1)
+    trainer = RDrop(model=model, args=args, train_dataset=data)
+    kept = []
+    step = trainer._adversarial_step
+
+    def watched(place, *rest):
+        kept.append(moved(trainer))
+        return step(place, *rest)
+
+    trainer._adversarial_step = watched
+    trainer.train()
+    delta, mask = kept[0][0]
+    assert len(delta) == 8
+    assert torch.equal(delta.norm(dim=-1) > 0, mask.bool())
+
+
+def test_bart_whose_lookups_are_not_tied(tmp_path):
+    config = BartConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+        eos_token_id=2,
+        num_labels=2,
+        tie_word_embeddings=False,
+    )
+    data = examples()
+    for example in data:
+        example["input_ids"][example["input_ids"] == 2] = 3
+        example["input_ids"][4] = 2
+    trainer, _ = run(AdversarialTrainer, tmp_path, BartForSequenceClassification(config), data=data)
+    assert trainer.state.log_history[0]["adv_delta_norm"] > 0
+    assert sum(hooks(trainer.model)) == 0
+
+
+def test_a_position_lookup_has_no_padding(tmp_path):
+    model = tiny_bert()
+    settings = {"adv_target": "bert.embeddings.position_embeddings", "adv_scope": "token", "max_steps": 1}
+    data = [{k: v for k, v in e.items() if k != "attention_mask"} for e in examples()]
+    trainer = AdversarialTrainer(model=model, args=flags(tmp_path, **settings), train_dataset=data)
+    trainer.train()
+    place = EmbeddingOutput("bert.embeddings.position_embeddings")
+    place.attach(model)
+    assert place._padding_id is None
+    place.detach()
+    assert trainer.state.log_history[0]["adv_delta_norm"] == pytest.approx(8**0.5, rel=1e-5)
+
+
+def test_a_hyperparameter_search_sets_the_attack(tmp_path):
+    trainer = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path, adv_epsilon=0.1), train_dataset=examples())
+    trainer.hp_search_backend = types.SimpleNamespace(value="none")
+    trainer.args.adv_epsilon = 0.9
+    trainer.args.adv_method = "pgd"
+    trainer._hp_search_setup(None)
+    assert trainer.attack.epsilon == 0.9
+    trainer.args.adv_epsilon = 0.2
+    trainer.train()
+    assert trainer.attack.epsilon == 0.2
+    assert trainer.attack.name == "pgd"
+
+
+def test_an_attack_object_stays_through_training(tmp_path):
+    args = flags(tmp_path, TrainingArguments, max_steps=1)
+    trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), attack=FGM(epsilon=0.3))
+    trainer.train()
+    assert trainer.attack == FGM(epsilon=0.3)
+    assert isinstance(trainer, AdversarialTrainerMixin)
+
+
+@pytest.mark.parametrize("total", [25, 50, 100, 200, 1000])
+def test_fractions_of_training_are_whole_steps_where_they_can_be(total):
+    for percent in range(100):
+        if percent * total % 100 == 0:
+            assert in_steps(percent / 100, total) == percent * total // 100
