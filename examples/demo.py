@@ -214,8 +214,8 @@ def scores(measured: Measured) -> dict[tuple[str, str], float]:
     """Every accuracy by (attack, epsilon)."""
     report = measured.report
     clean = {
-        (f"clean, {measured.clean_examples} snippets", ""): measured.clean,
-        (f"clean, {report.examples} of them", ""): report.clean,
+        (f"clean ({measured.clean_examples})", ""): measured.clean,
+        (f"clean ({report.examples})", ""): report.clean,
     }
     return clean | {
         (attack, f"{epsilon:g}"): score
@@ -237,7 +237,8 @@ def note(args: DemoArguments, runs: dict[int, Run], seconds: float) -> str:
     spread = "mean and (smallest-largest) over seeds " if len(runs) > 1 else "seed "
     return (
         f"Accuracy in percent, {spread}{', '.join(map(str, runs))}. The sampling error of one figure (one standard "
-        f"error) is at most {few} under attack and {many} in the first row.\n"
+        f"error) is at most {few} under attack ({measured.report.examples} snippets) and {many} in the first row "
+        f"({measured.clean_examples}).\n"
         "Epsilon is the L2 length of the perturbation of a snippet's embeddings; noise is a random direction of that "
         f"length.\nAdversarial: FGM, scope {args.adv_scope}, epsilon {args.adv_epsilon:g}, warm-up "
         f"{args.adv_warmup:g}. {seconds:.0f} seconds in all. Written:"
