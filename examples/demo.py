@@ -198,7 +198,7 @@ def table(runs: dict[int, Run], style: box.Box = box.SIMPLE_HEAD) -> Table:
     grid.add_column("epsilon", justify="right")
     for test in SETS:
         for model in MODELS:
-            grid.add_column(f"{test}: {model}", justify="right")
+            grid.add_column(f"{test}: {model}", justify="right", min_width=len("(82.7-83.9)"))
     for row in rows(runs):
         cells = [cell([scores(run[test][model])[row] for run in runs.values()]) for test in SETS for model in MODELS]
         grid.add_row(*row, *cells)
