@@ -364,7 +364,10 @@ class AdversarialTrainerMixin(_Base):
                 "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
-            problems.append("DeepSpeed needs accelerate >= 1.9, where a backward pass need not step the optimizer.")
+            problems.append(
+                "With DeepSpeed this release of accelerate steps the optimizer in every backward pass, the clean one "
+                "too. Install a newer one, whose DeepSpeedEngineWrapper.backward takes `sync_gradients`."
+            )
         if problems:
             raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
 
@@ -449,7 +452,8 @@ class _CollapseWatch:
         if self._first is None:
             self._first = loss
             return
-        settled = step >= schedule.warm(total) + total / 10
+        # Before half of training a slow start looks the same.
+        settled = step > max(schedule.warm(total), total / 2)
         if self._said or not settled or loss < 0.95 * self._first:
             return
         self._said = True

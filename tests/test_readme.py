@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_faults import examples, tiny_bert
+from test_faults import examples, flags, tiny_bert
+from transformers import TrainingArguments
+
+from fgm_trainer import AdversarialTrainer
+from fgm_trainer.attacks import ATTACKS, base
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -26,6 +30,18 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     for block in BLOCKS:
         exec(block, names)
     assert names["report"].examples == 8
+
+
+def test_the_attack_of_contributing_trains(tmp_path, monkeypatch):
+    guide = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    monkeypatch.setattr(base, "ATTACKS", ATTACKS | {})
+    exec(block, {"__name__": "example"})
+    attack = base.ATTACKS["two_looks"](epsilon=0.5, scope="example")
+    args = flags(tmp_path, TrainingArguments, max_steps=1)
+    trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), attack=attack)
+    trainer.train()
+    assert trainer.state.log_history[0]["adv_delta_norm"] == pytest.approx(0.5, rel=1e-5)
 
 
 def test_the_diff_is_the_whole_migration():
