@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import attacks, geometry
 from .attacks import Answer, Look, Train, run
-from .targets import Target, find_target, input_embedding, look, shared_lookups
+from .inspection import input_embedding, shared_lookups
+from .targets import Target, find_target, look
 
 
 class FGM:

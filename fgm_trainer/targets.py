@@ -7,7 +7,6 @@ none can be left perturbed, and `weight.grad`, which may hold earlier micro-batc
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .geometry import SCOPES, Units, shared_entries
+from .inspection import (
+    encoder_of,
+    find_module,
+    input_embedding,
+    is_compiled,
+    is_lookup,
+    padding_id_of,
+    shared_lookups,
+    vocabulary_size_of,
+)
 
 
 class Pass:
@@ -280,9 +289,9 @@ class EmbeddingOutput(Target):
         if self.module is not None:
             lookups = [find_module(model, self.module)]
             handles = []
-            tokens = lookups[0] in shared_lookups(model, model.get_input_embeddings())  # type: ignore[operator]
+            tokens = _looks_tokens_up(model, lookups[0])
         else:
-            encoder = _encoder(model)
+            encoder = encoder_of(model)
             lookups = shared_lookups(encoder or model, input_embedding(model))
             if encoder is not None and not lookups:
                 # Not tied: the encoder has a lookup of its own.
@@ -290,7 +299,7 @@ class EmbeddingOutput(Target):
             handles = [] if encoder is None else self._register_encoder(encoder)
             tokens = True
         # Position and type ids look up as well, and their 0 is no padding.
-        self._padding_id = _padding_id(model) if tokens else None
+        self._padding_id = padding_id_of(model) if tokens else None
         hook = self._hook(model, self._on_lookup)
         handles += self._watch_masks(model, lookups)
         return handles + [m.register_forward_hook(hook, with_kwargs=True) for m in lookups]
@@ -313,7 +322,7 @@ class EmbeddingOutput(Target):
         if self._pass is None or not self._inside_encoder:
             return None
         ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
-        return self._meet(self._pass, output, ids, _vocabulary_size(module))
+        return self._meet(self._pass, output, ids, vocabulary_size_of(module))
 
 
 class ModuleOutput(Target):
@@ -395,49 +404,7 @@ def find_target(name: str, model: nn.Module) -> Target:
     if name in INPUT_TENSORS:
         return InputTensor(name)
     module = find_module(model, name)
-    return EmbeddingOutput(name) if _is_lookup(module) else ModuleOutput(name)
-
-
-def find_module(model: nn.Module, path: str) -> nn.Module:
-    """The module at `path`. Raises ValueError that lists near names."""
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    modules.pop("", None)
-    if path in modules:
-        return modules[path]
-    ending = [name for name in modules if name.endswith("." + path)]
-    near = (ending or difflib.get_close_matches(path, modules, n=5, cutoff=0.4) or list(modules))[:5]
-    raise ValueError(f"adv_target={path!r}: {type(model).__name__} has no such module. Near names: {', '.join(near)}.")
-
-
-def input_embedding(model: nn.Module) -> nn.Module:
-    """The module that holds the input embedding. Raises ValueError where the model names none."""
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    if not isinstance(embedding, nn.Module) or not any(_is_lookup(m) for m in embedding.modules()):
-        raise ValueError(
-            f"{type(model).__name__} has no token lookup at get_input_embeddings(), so adv_target='word_embeddings' "
-            "means nothing here. Name a module path or an input tensor, such as adv_target='pixel_values'."
-        )
-    return embedding
-
-
-def shared_lookups(model: nn.Module, lookup: nn.Module) -> list[nn.Module]:
-    """The outermost modules in `model` that look tokens up in the weight of `lookup`."""
-    weight = getattr(lookup, "weight", None)
-    named = {
-        name: module
-        for name, module in model.named_modules()
-        if module is lookup or (_is_lookup(module) and weight is not None and getattr(module, "weight", None) is weight)
-    }
-    # An adapter's lookup wraps the one that it adapts: only the outer one is hooked.
-    return [m for n, m in named.items() if not any(n.startswith(other + ".") for other in named)]
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was applied to the model or to a module inside it."""
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+    return EmbeddingOutput(name) if is_lookup(module) else ModuleOutput(name)
 
 
 def look(
@@ -485,30 +452,12 @@ def _still_statistics(model: nn.Module | None) -> Iterator[None]:
             module.track_running_stats = flag
 
 
-def _is_lookup(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) or ("Embedding" in type(module).__name__ and hasattr(module, "weight"))
-
-
-def _vocabulary_size(module: nn.Module) -> int:
-    # An adapter's wrapper may hold several lookups of the same size.
-    weight: Any = next(m for m in module.modules() if _is_lookup(m)).weight
-    rows: Any = getattr(module, "num_embeddings", None) or weight.shape[0]
-    return int(rows)
-
-
-def _padding_id(model: nn.Module) -> int | None:
-    padding_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-    return padding_id if isinstance(padding_id, int) else None
-
-
-def _encoder(model: nn.Module) -> nn.Module | None:
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return None
-    for owner in (model, getattr(model, getattr(model, "base_model_prefix", ""), None)):
-        if owner is not None and hasattr(owner, "get_encoder"):
-            encoder = owner.get_encoder()  # type: ignore[operator]
-            return encoder if isinstance(encoder, nn.Module) else None
-    return None
+def _looks_tokens_up(model: nn.Module, lookup: nn.Module) -> bool:
+    try:
+        return lookup in shared_lookups(model, input_embedding(model))
+    except ValueError:
+        # The model does not name its input embedding; whoever named this one may mean it.
+        return True
 
 
 def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:

@@ -240,3 +240,21 @@ def test_fractions_of_training_are_whole_steps_where_they_can_be(total):
     for percent in range(100):
         if percent * total % 100 == 0:
             assert in_steps(percent / 100, total) == percent * total // 100
+
+
+def test_a_lookup_by_its_path_in_a_model_that_names_no_input_embedding(tmp_path):
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(50, 8)
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, input_ids, attention_mask, labels):
+            logits = self.head((self.words(input_ids) * attention_mask.unsqueeze(-1)).mean(1))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    settings = {"adv_target": "words", "adv_scope": "vocabulary", "max_steps": 2}
+    trainer, _ = run(AdversarialTrainer, tmp_path, Bag(), settings=settings)
+    assert trainer.state.log_history[0]["adv_delta_norm"] > 0
+    with pytest.raises(ValueError, match="has no token lookup"):
+        run(AdversarialTrainer, tmp_path, Bag())

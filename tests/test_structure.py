@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fgm_trainer"
 
 # Lower layers know nothing of higher ones; `geometry`, `schedule` and `targets` know torch alone.
-LAYERS = ["geometry", "schedule", "targets", "attacks", "raw", "robustness", "plotting", "arguments", "trainer"]
+LAYERS = [
+    "geometry",
+    "schedule",
+    "inspection",
+    "targets",
+    "attacks",
+    "raw",
+    "robustness",
+    "plotting",
+    "arguments",
+    "monitoring",
+    "trainer",
+]
 
 
 def imported(source):

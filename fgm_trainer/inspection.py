@@ -1,0 +1,80 @@
+"""Finding things in a model: modules by path, the lookups of tokens, the encoder."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+
+def find_module(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`. Raises ValueError that lists near names."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    modules.pop("", None)
+    if path in modules:
+        return modules[path]
+    ending = [name for name in modules if name.endswith("." + path)]
+    near = (ending or difflib.get_close_matches(path, modules, n=5, cutoff=0.4) or list(modules))[:5]
+    raise ValueError(f"adv_target={path!r}: {type(model).__name__} has no such module. Near names: {', '.join(near)}.")
+
+
+def input_embedding(model: nn.Module) -> nn.Module:
+    """The module that holds the input embedding. Raises ValueError where the model names none."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    if not isinstance(embedding, nn.Module) or not any(is_lookup(m) for m in embedding.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no token lookup at get_input_embeddings(), so adv_target='word_embeddings' "
+            "means nothing here. Name a module path or an input tensor, such as adv_target='pixel_values'."
+        )
+    return embedding
+
+
+def shared_lookups(model: nn.Module, lookup: nn.Module) -> list[nn.Module]:
+    """The outermost modules in `model` that look tokens up in the weight of `lookup`."""
+    weight = getattr(lookup, "weight", None)
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if module is lookup or (is_lookup(module) and weight is not None and getattr(module, "weight", None) is weight)
+    }
+    # An adapter's lookup wraps the one that it adapts: only the outer one is hooked.
+    return [m for n, m in named.items() if not any(n.startswith(other + ".") for other in named)]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was applied to the model or to a module inside it."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether the module looks rows of a weight up."""
+    return isinstance(module, nn.Embedding) or ("Embedding" in type(module).__name__ and hasattr(module, "weight"))
+
+
+def vocabulary_size_of(module: nn.Module) -> int:
+    """The number of rows of a lookup, or of the lookups that a wrapper holds."""
+    # An adapter's wrapper may hold several lookups of the same size.
+    weight: Any = next(m for m in module.modules() if is_lookup(m)).weight
+    rows: Any = getattr(module, "num_embeddings", None) or weight.shape[0]
+    return int(rows)
+
+
+def padding_id_of(model: nn.Module) -> int | None:
+    """The id that carries no token, or None."""
+    padding_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return padding_id if isinstance(padding_id, int) else None
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder, or None."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    for owner in (model, getattr(model, getattr(model, "base_model_prefix", ""), None)):
+        if owner is not None and hasattr(owner, "get_encoder"):
+            encoder = owner.get_encoder()  # type: ignore[operator]
+            return encoder if isinstance(encoder, nn.Module) else None
+    return None
