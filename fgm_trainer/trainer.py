@@ -156,7 +156,9 @@ class AdversarialTrainerMixin(_Base):
         kwargs.setdefault("progress", not self.args.disable_tqdm)
         kwargs.setdefault("seed", self.args.seed)
         model = self._inner(self.model_wrapped)
-        model.to(self.args.device)
+        if self.place_model_on_device and next(model.parameters()).device != self.args.device:
+            # With full evaluation in half precision Trainer has not moved the model yet.
+            model.to(self.args.device)
         return evaluate_robustness(model, _without_unused(self, dataset), **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
