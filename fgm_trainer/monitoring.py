@@ -21,17 +21,18 @@ class LogWindow:
         self._rows = 0
         self._sums: Tensor | None = None
         self._bad: list[Tensor] = []
+        self._older_bad: list[Tensor] = []
 
     def begin(self, first: bool, device: torch.device) -> None:
         """A micro-batch is attacked; `first` where it is the first of its optimizer step."""
         if self._sums is None:
             self._sums = torch.zeros(3, dtype=torch.float32, device=device)
-            self._old_bad = self._sums[:0]
         if first or not self._bad:
             self._steps += 1
             if len(self._bad) == 1024:
                 # No log line for long: one tensor in place of many.
-                self._old_bad, self._bad = torch.cat([self._old_bad, torch.stack(self._bad)]), []
+                self._older_bad.append(torch.stack(self._bad))
+                self._bad = []
             self._bad.append(torch.zeros((), dtype=torch.float32, device=device))
 
     def gradient(self, gradient: Tensor) -> None:
@@ -53,7 +54,9 @@ class LogWindow:
         if self._sums is None:
             return {}
         rows = self._sums.new_tensor([float(self._rows)])
-        sums = accelerator.reduce(torch.cat([self._sums, rows, self._old_bad, torch.stack(self._bad)]), reduction="sum")
+        sums = accelerator.reduce(
+            torch.cat([self._sums, rows, *self._older_bad, torch.stack(self._bad)]), reduction="sum"
+        )
         loss, delta, ratio, count, *bad = sums.tolist()
         figures = {
             "adv_loss": loss / self._steps / accelerator.num_processes,
@@ -61,7 +64,7 @@ class LogWindow:
             "adv_delta_ratio": ratio / max(count, 1),
             "adv_skipped": float(sum(b > 0 for b in bad)),
         }
-        self._steps, self._rows, self._sums, self._bad = 0, 0, None, []
+        self._steps, self._rows, self._sums, self._bad, self._older_bad = 0, 0, None, [], []
         return figures
 
 

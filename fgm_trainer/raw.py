@@ -52,7 +52,7 @@ class FGM:
         # An adapter's wrapper holds the original, frozen, and the copy that is in use.
         used = next((m for m in inside if any(p.requires_grad for p in m.parameters(recurse=False))), inside[0])
         self._weight: Tensor = used.weight  # type: ignore[assignment]
-        self._padding: int | None = getattr(lookup, "padding_idx", None)
+        self._padding: int | None = getattr(used, "padding_idx", None)
         lookups = shared_lookups(model, lookup)
         self._refuse(model, lookups)
         self._met: list[tuple[Tensor, Tensor]] = []
@@ -205,12 +205,7 @@ class Adversary:
         inner = model if accelerator is None else accelerator.unwrap_model(model)
         self._inner: nn.Module = getattr(inner, "_orig_mod", inner)
         self._place = target if isinstance(target, Target) else find_target(target, self._inner)
-        default = attack.default_scope if attack.default_scope in self._place.scopes else self._place.default_scope
-        self._scope = attack.scope or default
-        if self._scope not in self._place.scopes:
-            raise ValueError(
-                f"scope {self._scope!r} does not exist at {self._place}; choose one of {', '.join(self._place.scopes)}."
-            )
+        self._scope = self._place.settle(attack.scope, attack.default_scope)
         self._place.attach(self._inner)
         self._count = 0
 
@@ -241,10 +236,7 @@ class Adversary:
             local = nullcontext() if last else gradients_stay_local(self._accelerator, self._model)
             with local, self._place.record(request.delta, gradient=not last) as seen:
                 loss = loss_of(self._model, batch)
-                if not seen.calls:
-                    raise RuntimeError(self._place.unreached(batch))
-                seen.check()
-                seen.forward_done = True
+                self._place.forward_ended(seen, batch)
                 loss.register_hook(scale.append)
                 self._backward(loss * request.weight)
             losses.append(loss.detach())

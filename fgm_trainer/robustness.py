@@ -106,7 +106,6 @@ def evaluate_robustness(
     grid = _check_grid(epsilons, attacks, dataset)
     model = getattr(model, "_orig_mod", model)
     place = target if isinstance(target, Target) else find_target(target, model)
-    attacks = [a if a.scope is not None else replace(a, scope="example") for a in attacks]
     names = _names(attacks)
     scores: dict[str, list[list[_Outcome]]] = {name: [[] for _ in grid] for name in names}
     clean: list[_Outcome] = []
@@ -148,7 +147,7 @@ def _logits_under(
 ) -> Tensor:
     """The logits at the perturbation that the attack ends with."""
     logits: list[Tensor] = []
-    scope = attack.scope or place.default_scope
+    scope = place.settle(attack.scope, "example")
 
     def look_(request: Look | Train) -> Answer:
         seen, gradient, loss = look(place, batch, request.delta, lambda: _loss(model, batch))
@@ -159,9 +158,7 @@ def _logits_under(
             return look_(request)
         with place.record(request.delta, gradient=False) as seen:
             logits.append(_logits(model, batch))
-            seen.check()
-            if not seen.calls:
-                raise RuntimeError(place.unreached(batch))
+            place.forward_ended(seen, batch)
         return None
 
     run(replace(attack, weight=1.0, clean_weight=1.0), epsilon, seed, train, look_)
@@ -243,7 +240,7 @@ def _names(attacks: Sequence[Attack]) -> list[str]:
     """A short name for each attack: the method, its steps, and whatever is needed to tell them apart."""
     names = [a.name + (f"-{a.steps}" if isinstance(a, PGD) else "") for a in attacks]
     return [
-        n if names.count(n) == 1 else f"{n} ({a.norm}, {a.scope}, #{i})"
+        n if names.count(n) == 1 else f"{n} ({a.norm}, {a.scope or 'example'}, #{i})"
         for i, (n, a) in enumerate(zip(names, attacks, strict=True))
     ]
 

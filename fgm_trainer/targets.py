@@ -177,9 +177,26 @@ class Target:
         self._positions_first = False
         self.model: nn.Module | None = None
 
-    @property
-    def default_scope(self) -> str:
-        return self.scopes[0]
+    def settle(self, scope: str | None, preferred: str) -> str:
+        """The scope to use: the one asked for, else the preferred one where it exists here, else the target's first.
+
+        Raises:
+            ValueError: the scope asked for does not exist here.
+        """
+        if scope is None:
+            return preferred if preferred in self.scopes else self.scopes[0]
+        if scope not in self.scopes:
+            raise ValueError(
+                f"adv_scope {scope!r} does not exist at adv_target {self}; choose one of: {', '.join(self.scopes)}."
+            )
+        return scope
+
+    def forward_ended(self, seen: Pass, batch: Any) -> None:
+        """To be called when the loss is there. Raises RuntimeError where the forward pass did not meet the target."""
+        if not seen.calls:
+            raise RuntimeError(self.unreached(batch))
+        seen.check()
+        seen.forward_done = True
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hooks on the unwrapped `model`; raises ValueError if it does not have the target."""
@@ -423,10 +440,7 @@ def look(
     """
     with target.record(delta, gradient=True) as seen, torch.enable_grad(), _still_statistics(target.model):
         loss = loss_of()
-        if not seen.calls:
-            raise RuntimeError(target.unreached(batch))
-        seen.check()
-        seen.forward_done = True
+        target.forward_ended(seen, batch)
         try:
             gradients = torch.autograd.grad(loss, seen.leaves, allow_unused=True)
         except RuntimeError as error:

@@ -25,7 +25,7 @@ from .attacks import FGM, Answer, Attack, Look, Train, run
 from .monitoring import CollapseWatch, LogWindow
 from .raw import gradients_stay_local
 from .schedule import Schedule
-from .targets import Pass, Target, find_target, look
+from .targets import EmbeddingOutput, Pass, Target, find_target, look
 
 if TYPE_CHECKING:
     from .robustness import RobustnessReport
@@ -268,10 +268,7 @@ class AdversarialTrainerMixin(_Base):
         @functools.wraps(compute_loss)
         def weighted(*args: Any, **kwargs: Any) -> Any:
             result = compute_loss(*args, **kwargs)
-            if not seen.calls:
-                raise RuntimeError(place.unreached(inputs))
-            seen.check()
-            seen.forward_done = True
+            place.forward_ended(seen, inputs)
             loss = result[0] if isinstance(result, tuple) else result
             if loss.requires_grad:
                 loss.register_hook(scale.append)
@@ -308,11 +305,8 @@ class AdversarialTrainerMixin(_Base):
 
     def _resolved(self) -> Attack:
         """The attack with its scope settled: asked for, else the method's default, else the target's."""
-        if self.attack.scope is not None:
-            return self.attack
-        scopes = self._place.scopes if self._place is not None else ("vocabulary",)
-        default = self.attack.default_scope
-        return replace(self.attack, scope=default if default in scopes else scopes[0])
+        place = self._place or EmbeddingOutput()
+        return replace(self.attack, scope=place.settle(self.attack.scope, self.attack.default_scope))
 
     def _next_position(self) -> int:
         """The index of this micro-batch in its optimizer step, on this process."""
@@ -333,12 +327,7 @@ class AdversarialTrainerMixin(_Base):
         model = self.model
         if model is not None and not isinstance(self._target, Target):
             try:
-                place = find_target(self._target, self._inner(model))
-                if self.attack.scope is not None and self.attack.scope not in place.scopes:
-                    problems.append(
-                        f"adv_scope {self.attack.scope!r} does not exist at adv_target {place}; "
-                        f"choose one of: {', '.join(place.scopes)}."
-                    )
+                find_target(self._target, self._inner(model)).settle(self.attack.scope, self.attack.default_scope)
             except ValueError as error:
                 problems.append(str(error))
         if self.args.n_gpu > 1:

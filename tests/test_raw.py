@@ -503,7 +503,7 @@ def test_adversary_refuses():
         ValueError, match=r"adv_target='bert.encoder.layers.0': .* has no such module. Near names: bert"
     ):
         raw.Adversary(model, FGM(), target="bert.encoder.layers.0")
-    message = r"scope 'vocabulary' does not exist at 'bert.encoder.layer.0' .*; choose one of example, token\."
+    message = r"adv_scope 'vocabulary' does not exist at adv_target .*; choose one of: example, token\."
     with pytest.raises(ValueError, match=message):
         raw.Adversary(model, FGM(scope="vocabulary"), target="bert.encoder.layer.0")
     batch = batches(padded_data(model, size=4), 4)[0]
