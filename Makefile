@@ -5,16 +5,19 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-oldest check format clean
+.PHONY: demo test test-slow test-distributed test-oldest check format clean
 
 demo: $(VENV)/ready  ## train on real reviews, plainly and adversarially, and show both
 	$(RUN) examples/demo.py
 
-test: $(VENV)/ready  ## the default suite
+test: $(VENV)/distributed  ## the default suite, a covering part of the engines included
 	$(RUN) -m pytest -m "not slow"
 
-test-slow: $(VENV)/ready  ## what the default suite has no time for
+test-slow: $(VENV)/distributed  ## what the default suite has no time for
 	$(RUN) -m pytest -m slow
+
+test-distributed: $(VENV)/distributed  ## every engine, attack, scope and launcher, and the table of differences
+	$(RUN) -m pytest tests/test_distributed.py tests/test_launch.py tests/test_process_faults.py
 
 test-oldest: .venv-oldest/ready  ## the suite on the oldest transformers that is supported
 	.venv-oldest/bin/python -m pytest -m "not slow"
@@ -32,6 +35,13 @@ $(VENV)/ready: constraints.txt setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -c constraints.txt torch
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# DeepSpeed is built where it is installed, against the torch that is there.
+$(VENV)/distributed: $(VENV)/ready
+	$(RUN) -m pip install --quiet -c constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation \
+		-e ".[deepspeed,ray]"
 	touch $@
 
 .venv-oldest/ready: constraints-oldest.txt setup.cfg

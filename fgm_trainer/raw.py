@@ -251,9 +251,7 @@ class Adversary:
             def scaled() -> Tensor:
                 loss = loss_of(self._inner, batch)
                 loss.register_hook(scale.append)
-                scaler = getattr(self._accelerator, "scaler", None)
-                value: Tensor = loss if scaler is None else scaler.scale(loss)
-                return value
+                return scaled_as_the_engine_would(self._accelerator, loss)
 
             seen, gradient, loss = look(self._place, batch, request.delta, scaled)
             return Answer(gradient / scale[0], seen.units(self._scope), loss / scale[0])
@@ -288,7 +286,8 @@ def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
     """For all passes of a step but the last: gradients add up on this process, and no optimizer steps.
 
     DeepSpeed's backward steps the optimizer whenever `sync_gradients` is set; DDP reduces gradients in every backward
-    outside of `no_sync`. (FSDP2's own no_sync would keep the whole gradients in memory, so it is left alone.)
+    outside of `no_sync`. FSDP2 scatters them in every pass, since to keep them whole would cost the memory that it
+    saves; with replicas of the shards (HSDP) only the last pass sums over the replicas.
 
     Args:
         accelerator: the `accelerate.Accelerator`, or None.
@@ -299,12 +298,28 @@ def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
         return
     bare = getattr(model, "_orig_mod", model)
     sync = accelerator.sync_gradients
+    # Where this is not the last micro-batch, the loop around has already put the sum off.
+    replicated: Any = bare if sync and hasattr(bare, "set_requires_all_reduce") else None
     with bare.no_sync() if isinstance(bare, DistributedDataParallel) else nullcontext():
-        accelerator.sync_gradients = False
         try:
+            accelerator.sync_gradients = False
+            if replicated is not None:
+                replicated.set_requires_all_reduce(False)
             yield
         finally:
             accelerator.sync_gradients = sync
+            if replicated is not None:
+                replicated.set_requires_all_reduce(True)
+
+
+def scaled_as_the_engine_would(accelerator: Any, loss: Tensor) -> Tensor:
+    """The loss times the loss scale of half precision, without which small gradients are zeros there."""
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is not None:
+        scaled: Tensor = scaler.scale(loss)
+        return scaled
+    deepspeed = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    return loss if deepspeed is None else loss * getattr(deepspeed.engine.optimizer, "loss_scale", 1.0)
 
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

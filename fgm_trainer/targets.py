@@ -90,7 +90,7 @@ class Pass:
         return self._leaves
 
     def gradient(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The gradients of `leaves`, stacked: (rows, positions, dimension)."""
+        """The gradients of `leaves`, stacked: (rows, positions, dimension), in float32 at least."""
         if all(g is None for g in gradients):
             raise RuntimeError(
                 "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
@@ -98,7 +98,9 @@ class Pass:
             )
         # A call without a gradient (a teacher's, under no_grad) has no direction.
         pairs = zip(gradients, self._leaves, strict=True)
-        return _stack([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs])
+        stacked = _stack([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs])
+        # A loss scale is divided out next, and what is left may be zero in float16.
+        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
     def units(self, scope: str) -> Units:
         """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
@@ -198,11 +200,16 @@ class Target:
         seen.check()
         seen.forward_done = True
 
-    def attach(self, model: nn.Module) -> None:
-        """Registers the hooks on the unwrapped `model`; raises ValueError if it does not have the target."""
+    def attach(self, model: nn.Module, called: nn.Module | None = None) -> None:
+        """Registers the hooks on the unwrapped `model`; raises ValueError if it does not have the target.
+
+        Args:
+            model: the model inside every wrapper.
+            called: what the forward passes call, wrappers included: only `torch.compile`'s tells of itself.
+        """
         self.detach()
-        if is_compiled(model):
-            # Code compiled earlier does not know of hooks registered now.
+        if is_compiled(model if called is None else called):
+            # Code compiled earlier, for this model or for another of its shape, does not know of hooks registered now.
             torch.compiler.reset()
         # XLNet computes on (positions, examples, dimension).
         self._positions_first = getattr(getattr(model, "config", None), "model_type", None) == "xlnet"
@@ -249,7 +256,7 @@ class Target:
                 continue
             places = list(inspect.signature(module.forward).parameters)
             if "attention_mask" in places:
-                hook = self._hook(model, functools.partial(self._on_masked_call, places.index("attention_mask")))
+                hook = _outside_graphs(functools.partial(self._on_masked_call, places.index("attention_mask")))
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return handles
 
@@ -266,10 +273,6 @@ class Target:
         elif kwargs.get("encoder_hidden_states") is not None:
             # A decoder without a mask of its own: the encoder's says nothing of its positions.
             self._pass.mask = None
-
-    def _hook(self, model: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
-        # A hook keeps state from call to call, which a compiled graph can't: it runs outside of the graph.
-        return torch.compiler.disable(hook) if is_compiled(model) else hook
 
 
 class EmbeddingOutput(Target):
@@ -317,7 +320,7 @@ class EmbeddingOutput(Target):
             tokens = True
         # Position and type ids look up as well, and their 0 is no padding.
         self._padding_id = padding_id_of(model) if tokens else None
-        hook = self._hook(model, self._on_lookup)
+        hook = _outside_graphs(self._on_lookup)
         handles += self._watch_masks(model, lookups)
         return handles + [m.register_forward_hook(hook, with_kwargs=True) for m in lookups]
 
@@ -359,7 +362,7 @@ class ModuleOutput(Target):
     def _register(self, model: nn.Module) -> list[Any]:
         module = find_module(model, self.module)
         handles = self._watch_masks(model, [module])
-        return [*handles, module.register_forward_hook(self._hook(model, self._on_output))]
+        return [*handles, module.register_forward_hook(_outside_graphs(self._on_output))]
 
     def _on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._pass is None:
@@ -393,7 +396,7 @@ class InputTensor(Target):
         return f"'{self.name}' (an input tensor)"
 
     def _register(self, model: nn.Module) -> list[Any]:
-        hook = self._hook(model, self._on_call)
+        hook = _outside_graphs(self._on_call)
         return [*self._watch_masks(model, [model]), model.register_forward_pre_hook(hook, with_kwargs=True)]
 
     def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -464,6 +467,13 @@ def _still_statistics(model: nn.Module | None) -> Iterator[None]:
     finally:
         for module, flag in zip(norms, tracked, strict=True):
             module.track_running_stats = flag
+
+
+def _outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    # A hook keeps state from call to call, which a compiled graph can't. Whether the model is compiled does not matter:
+    # it does not know of a `torch.compile` around it, or of one that comes later.
+    outside: Callable[..., Any] = torch.compiler.disable(hook)
+    return outside
 
 
 def _looks_tokens_up(model: nn.Module, lookup: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Answer, Attack, Look, Train, run
 from .monitoring import CollapseWatch, LogWindow
-from .raw import gradients_stay_local
+from .raw import gradients_stay_local, scaled_as_the_engine_would
 from .schedule import Schedule
 from .targets import EmbeddingOutput, Pass, Target, find_target, look
 
@@ -218,9 +218,7 @@ class AdversarialTrainerMixin(_Base):
                 with self.compute_loss_context_manager():
                     loss: Any = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
                 loss.register_hook(scale.append)
-                scaler = self.accelerator.scaler
-                scaled: Tensor = loss if scaler is None else scaler.scale(loss)
-                return scaled
+                return scaled_as_the_engine_would(self.accelerator, loss)
 
             seen, gradient, loss = look(place, inputs, request.delta, loss_of)
             return self._answer(seen, gradient / scale[0], loss, attack.scope or "")
@@ -355,10 +353,17 @@ class AdversarialTrainerMixin(_Base):
                 f"{self.attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
                 "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
+        split = [kind for kind in ("tp", "cp", "sp") if getattr(self, f"get_{kind}_size", lambda: 1)() > 1]
+        if split:
+            problems.append(
+                f"{', '.join(f'{kind}_size' for kind in split)} above 1 splits one example over processes, each of which "
+                "would take its norm over a part and draw its own noise. Spread the batch instead: DDP, FSDP2 or "
+                "DeepSpeed ZeRO."
+            )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
             problems.append(
                 "With DeepSpeed this release of accelerate steps the optimizer in every backward pass, the clean one "
-                "too. Install a newer one, whose DeepSpeedEngineWrapper.backward takes `sync_gradients`."
+                "too. Install accelerate 1.8 or newer."
             )
         if problems:
             raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))

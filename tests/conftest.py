@@ -12,11 +12,27 @@ from packaging.version import Version
 
 torch.set_num_threads(1)
 
+# (engine, scope, attack): the largest difference of any weight from one process's.
+DIFFERENCES = pytest.StashKey()
+
 
 def pytest_configure(config):
     # What releases of accelerate of transformers 4.46's day say when they are imported, or used, with newer libraries.
     if Version(version("accelerate")) < Version("1.2"):
         config.addinivalue_line("filterwarnings", "ignore:numpy.core is deprecated:DeprecationWarning")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of docs/scaling.md."""
+    found = config.stash.get(DIFFERENCES, {})
+    attacks = sorted({attack for _, _, attack in found})
+    if found:
+        terminalreporter.section("largest difference of any weight from one process's")
+        terminalreporter.write_line(f"| engine | scope | {' | '.join(attacks)} |")
+        terminalreporter.write_line("|---" * (2 + len(attacks)) + "|")
+    for engine, scope in dict.fromkeys((engine, scope) for engine, scope, _ in found):
+        figures = [f"{found[engine, scope, a]:.1e}" if (engine, scope, a) in found else "" for a in attacks]
+        terminalreporter.write_line(f"| {engine} | {scope} | {' | '.join(figures)} |")
 
 
 def pytest_collection_finish(session):

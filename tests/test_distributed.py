@@ -1,45 +1,125 @@
-"""Two real processes over gloo give the weights of one."""
+"""Real processes over gloo give the weights of one process, on every engine."""
 
+import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import train
+from conftest import DIFFERENCES
+from engines import NEEDS, PROCESSES, SETTINGS, STEPS, train
+from packaging.version import Version
+from test_faults import tiny_bert
 
 from fgm_trainer.attacks import ATTACKS
 
 HERE = Path(__file__).parent
-CASES = [
-    {"settings": {"adv_method": method, "adv_scope": scope, "per_device_train_batch_size": 2, **more}}
+SMALL = {"per_device_train_batch_size": 2}
+GRID = [
+    SMALL | {"adv_method": method, "adv_scope": scope, "gradient_accumulation_steps": accumulation}
     for method in sorted(ATTACKS)
     for scope in ("vocabulary", "example")
-    for more in ({}, {"gradient_accumulation_steps": 2})
+    for accumulation in (1, 2)
 ]
-STOCK = {"settings": {"per_device_train_batch_size": 2}, "stock": True}
+# Half of the grid has every attack in both scopes, and with and without accumulation.
+COVER = [case | {"measure": case["adv_method"] != "noise"} for i, case in enumerate(GRID) if i % 4 in (0, 3)]
+REST = [case for i, case in enumerate(GRID) if i % 4 in (1, 2)]
+STOCK = SMALL | {"stock": True, "measure": True}
+CLIPPED = SMALL | {"max_grad_norm": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 2}
+HALF = SMALL | {"bf16": True}
+# Noise is drawn by micro-batch.
+DRAWS = {"noise"}
+# In these a pass that is not the step's last leaves its gradients on the process.
+REDUCE_ONCE = {"ddp", "ddp-loop", "zero1"}
+
+LOOPS = [engine for engine in SETTINGS if engine.endswith("loop")]
+TRAINERS = [engine for engine in SETTINGS if engine not in LOOPS]
+DEEPSPEED = [engine for engine in TRAINERS if engine.startswith("zero")]
+# The default suite has one group of processes for each kind of engine.
+MORE = {"ddp-loop", "hsdp", "zero3-loop"}
 
 
-def free_port():
+def marked(engines):
+    return [pytest.param(e, marks=pytest.mark.slow if e in MORE else ()) for e in engines]
+
+
+PARTS = [pytest.param(e, "cover", id=e, marks=pytest.mark.slow if e in MORE else ()) for e in SETTINGS]
+PARTS += [pytest.param(e, "rest", id=f"{e}-rest", marks=pytest.mark.slow) for e in SETTINGS]
+
+
+@functools.cache
+def model_path():
+    path = tempfile.mkdtemp(prefix="tiny-bert-")
+    tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(path)
+    return path
+
+
+@functools.cache
+def on_one_process(kind, case):
+    """What one process gives; `case` as JSON."""
+    return train(kind, json.loads(case), Path(model_path()) / "run", model_path())
+
+
+def accumulating(engine, case):
+    """The result of one process that accumulates over what the engine's processes take."""
+    accumulation = PROCESSES.get(engine, 2) * case.get("gradient_accumulation_steps", 1)
+    kind = "loop" if engine in LOOPS else "trainer"
+    return on_one_process(kind, json.dumps(case | {"gradient_accumulation_steps": accumulation}))
+
+
+def refuse_missing(engine):
+    """Skips what an old release can't do, by its version; anything else that is missing is a failure."""
+    for package, least in NEEDS.get(engine, {}).items():
+        if Version(version(package)) < Version(least):
+            pytest.skip(f"{engine} needs {package} {least}; found {version(package)}")
+    if engine.startswith("zero"):
+        try:
+            version("deepspeed")
+        except PackageNotFoundError:
+            pytest.fail(f"{engine} is not tested: DeepSpeed is missing. `make test-distributed` installs it.")
+
+
+def launch(engine, cases, out):
+    """Runs every case on the engine's processes; gives, by case, the results of all ranks."""
+    processes = PROCESSES.get(engine, 2)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """Every case on two processes: by number of the case, the two ranks' results."""
-    out = tmp_path_factory.mktemp("ddp")
-    cases = [*CASES, STOCK]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += [str(HERE / "distributed_worker.py"), str(out), json.dumps(cases)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command += [str(HERE / "distributed_worker.py"), engine, json.dumps(cases), str(out), model_path()]
+    paths = {
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        # DeepSpeed compiles an operator with the ninja of this environment.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [[torch.load(out / f"case{n}-rank{r}.pt") for r in (0, 1)] for n in range(len(cases))]
+    return [[torch.load(out / f"case{n}-rank{r}.pt") for r in range(processes)] for n in range(len(cases))]
+
+
+@functools.cache
+def group(engine, part):
+    """What one group of processes on the engine gave: pairs of a case and the results of all ranks."""
+    refuse_missing(engine)
+    cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF]
+    with tempfile.TemporaryDirectory() as out:
+        return list(zip(cases, launch(engine, cases, Path(out)), strict=True))
+
+
+def attacked(engine, part="cover"):
+    return [(case, ranks) for case, ranks in group(engine, part) if case in COVER + REST]
+
+
+def ranks_of(engine, case):
+    return next(ranks for other, ranks in group(engine, "cover") if other == case)
 
 
 def largest_difference(one, other):
@@ -47,38 +127,89 @@ def largest_difference(one, other):
     return max((one[k].double() - other[k].double()).abs().max().item() for k in one)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: json.dumps(CASES[n]["settings"]))
-def test_two_processes_equal_one_that_accumulates(two_processes, number, tmp_path):
-    first, second = two_processes[number]
-    assert largest_difference(first["weights"], second["weights"]) == 0, "the ranks disagree"
-    settings = dict(CASES[number]["settings"])
-    settings["gradient_accumulation_steps"] = 2 * settings.get("gradient_accumulation_steps", 1)
-    one = train(tmp_path, settings)
-    assert largest_difference(first["weights"], one["weights"]) < 1e-7
-    # The log is over processes: the same figures on both, and those of the one process.
-    assert first["log"] == second["log"]
-    for ours, whole in zip(first["log"], one["log"], strict=True):
+def moved(result):
+    """How far training took the weights, at most."""
+    return largest_difference(result["weights"], dict(tiny_bert().named_parameters()))
+
+
+@pytest.mark.parametrize(("engine", "part"), PARTS)
+def test_weights_equal_those_of_one_process_that_accumulates(engine, part, request):
+    differences = request.config.stash.setdefault(DIFFERENCES, {})
+    for case, ranks in attacked(engine, part):
+        one = accumulating(engine, case)
+        found = largest_difference(ranks[0]["weights"], one["weights"])
+        place = engine, case["adv_scope"], case["adv_method"]
+        differences[place] = max(found, differences.get(place, 0.0))
+        assert found < 1e-7, case
+        assert moved(one) > 1e-3, "the run is too short to tell"
+
+
+@pytest.mark.parametrize(("engine", "part"), PARTS)
+def test_ranks_agree_bit_for_bit(engine, part):
+    for case, ranks in attacked(engine, part):
+        for other in ranks[1:]:
+            assert largest_difference(ranks[0]["weights"], other["weights"]) == 0, case
+
+
+@pytest.mark.parametrize(("engine", "part"), PARTS)
+def test_scope_example_depends_on_no_split_at_all(engine, part):
+    for case, ranks in attacked(engine, part):
+        if case["adv_scope"] == "example" and case["adv_method"] not in DRAWS:
+            rows = 2 * PROCESSES.get(engine, 2) * case["gradient_accumulation_steps"]
+            undivided = {**case, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
+            whole = on_one_process("loop" if engine in LOOPS else "trainer", json.dumps(undivided))
+            assert largest_difference(ranks[0]["weights"], whole["weights"]) < 1e-7, case
+
+
+@pytest.mark.parametrize("engine", marked(TRAINERS))
+def test_the_log_is_that_of_one_process(engine):
+    for case, ranks in attacked(engine):
+        assert all(other["log"] == ranks[0]["log"] for other in ranks[1:]), case
+        for ours, whole in zip(ranks[0]["log"], accumulating(engine, case)["log"], strict=True):
+            assert ours == pytest.approx(whole, rel=1e-4), case
+
+
+@pytest.mark.parametrize("engine", marked(SETTINGS))
+def test_robustness_is_measured_on_the_model_as_the_engine_holds_it(engine):
+    for case, ranks in attacked(engine):
+        for rank in ranks:
+            assert rank.get("robustness") == accumulating(engine, case).get("robustness"), case
+
+
+@pytest.mark.parametrize("engine", marked(TRAINERS))
+def test_traffic(engine):
+    """Under DDP an attacked step moves what a stock step moves; where gradients live in shards, every pass moves it."""
+    stock = ranks_of(engine, STOCK)[0]["moved"]
+    for case, ranks in attacked(engine):
+        if case["measure"]:
+            passes = 1 if engine in REDUCE_ONCE else 2 * case["gradient_accumulation_steps"]
+            # The figures of a log line are a few numbers.
+            assert ranks[0]["moved"]["all_reduce"] <= passes * stock["all_reduce"] + 20, case
+            if passes == 1:
+                assert ranks[0]["moved"]["all_gather"] == stock["all_gather"], case
+
+
+@pytest.mark.parametrize("engine", marked(TRAINERS))
+def test_clipping_and_schedule_are_stock(engine):
+    ranks = ranks_of(engine, CLIPPED)
+    one = accumulating(engine, CLIPPED)
+    assert largest_difference(ranks[0]["weights"], one["weights"]) < 1e-7
+    unclipped = accumulating(engine, {**CLIPPED, "max_grad_norm": 0.0})
+    assert largest_difference(one["weights"], unclipped["weights"]) > 1e-4
+    for ours, whole in zip(ranks[0]["log"], one["log"], strict=True):
         assert ours == pytest.approx(whole, rel=1e-4)
 
 
-BY_EXAMPLE = [
-    n
-    for n, case in enumerate(CASES)
-    # Noise is drawn by micro-batch.
-    if case["settings"]["adv_scope"] == "example" and case["settings"]["adv_method"] != "noise"
-]
+@pytest.mark.parametrize("engine", marked(TRAINERS))
+def test_bf16(engine):
+    ranks = ranks_of(engine, HALF)
+    exact = accumulating(engine, SMALL)
+    assert 0 < largest_difference(ranks[0]["weights"], exact["weights"]) < 0.05 * moved(exact)
 
 
-@pytest.mark.parametrize("number", BY_EXAMPLE)
-def test_scope_example_depends_on_no_split_at_all(two_processes, number, tmp_path):
-    settings = dict(CASES[number]["settings"])
-    rows = 2 * 2 * settings.pop("gradient_accumulation_steps", 1)
-    whole = train(tmp_path, settings | {"per_device_train_batch_size": rows})
-    assert largest_difference(two_processes[number][0]["weights"], whole["weights"]) < 1e-7
-
-
-def test_an_attacked_step_moves_the_bytes_of_a_stock_step(two_processes):
-    stock = two_processes[-1][0]["bytes"]
-    assert stock > 0
-    for case, (first, _) in zip(CASES, two_processes[:-1], strict=True):
-        assert first["bytes"] == stock, case
+@pytest.mark.parametrize("engine", DEEPSPEED)
+def test_deepspeed_steps_once_and_clears_gradients_after_steps_alone(engine):
+    for case, ranks in attacked(engine):
+        passes = 2 * case["gradient_accumulation_steps"]
+        for rank in ranks:
+            assert re.fullmatch(rf"(b{{{passes}}}sz+){{{STEPS}}}", rank["events"]), (case, rank["events"])

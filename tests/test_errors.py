@@ -137,6 +137,13 @@ def test_a_trainer_that_counts_its_steps(tmp_path):
     refused(tmp_path, "GRPOTrainer counts its training steps", kind=GRPOTrainer)
 
 
+def test_an_example_split_over_processes(tmp_path):
+    def pretend(trainer):
+        trainer.get_cp_size = lambda: 2
+
+    refused(tmp_path, "cp_size above 1 splits one example over processes", change=pretend)
+
+
 def test_two_problems_of_the_model_come_at_once(tmp_path):
     def pretend(trainer):
         trainer.args._n_gpu = 2
