@@ -206,7 +206,7 @@ class Adversary:
         self._inner: nn.Module = getattr(inner, "_orig_mod", inner)
         self._place = target if isinstance(target, Target) else find_target(target, self._inner)
         self._scope = self._place.settle(attack.scope, attack.default_scope)
-        self._place.attach(self._inner)
+        self._place.attach(self._inner, model)
         self._count = 0
 
     def backward(

@@ -221,7 +221,7 @@ class AdversarialTrainerMixin(_Base):
                 return scaled_as_the_engine_would(self.accelerator, loss)
 
             seen, gradient, loss = look(place, inputs, request.delta, loss_of)
-            return self._answer(seen, gradient / scale[0], loss, attack.scope or "")
+            return self._answer(seen, gradient / scale[0], loss / scale[0], attack.scope or "")
 
         self._window.begin(first, self.args.device)
         run(attack, epsilon, self._seed(), train, look_)
@@ -290,7 +290,7 @@ class AdversarialTrainerMixin(_Base):
             if self._place is not None:
                 self._place.detach()
             place = self._target if isinstance(self._target, Target) else find_target(self._target, inner)
-            place.attach(inner)
+            place.attach(inner, model)
             self._place = place
         return self._place
 
@@ -356,9 +356,9 @@ class AdversarialTrainerMixin(_Base):
         split = [kind for kind in ("tp", "cp", "sp") if getattr(self, f"get_{kind}_size", lambda: 1)() > 1]
         if split:
             problems.append(
-                f"{', '.join(f'{kind}_size' for kind in split)} above 1 splits one example over processes, each of which "
-                "would take its norm over a part and draw its own noise. Spread the batch instead: DDP, FSDP2 or "
-                "DeepSpeed ZeRO."
+                f"{', '.join(f'{kind}_size' for kind in split)} above 1 splits one example over processes, each of "
+                "which would take its norm over a part and draw its own noise. Spread the batch instead: DDP, FSDP2 "
+                "or DeepSpeed ZeRO."
             )
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
             problems.append(

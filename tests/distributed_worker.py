@@ -1,6 +1,7 @@
 """One process of several: trains each case named on the command line and saves what came of it, by rank."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ def main():
         torch.save(done, out / f"case{number}-rank{done['rank']}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # gloo's threads may outlive the group and abort an ordinary exit.
+    os._exit(0)
 
 
 if __name__ == "__main__":
