@@ -127,6 +127,14 @@ def largest_difference(one, other):
     return max((one[k].double() - other[k].double()).abs().max().item() for k in one)
 
 
+def agree(one, other):
+    """To 1e-7; the float32 neighbours of a weight above 1 (LayerNorm has some) lie 1.2e-7 apart, and one is let by."""
+    for name, value in one.items():
+        apart = torch.nextafter(value.abs(), torch.tensor(torch.inf)) - value.abs()
+        assert ((value - other[name]).abs() <= apart.clamp(min=1e-7)).all(), name
+    return one.keys() == other.keys()
+
+
 def moved(result):
     """How far training took the weights, at most."""
     return largest_difference(result["weights"], dict(tiny_bert().named_parameters()))
@@ -140,7 +148,7 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
         found = largest_difference(ranks[0]["weights"], one["weights"])
         place = engine, case["adv_scope"], case["adv_method"]
         differences[place] = max(found, differences.get(place, 0.0))
-        assert found < 1e-7, case
+        assert agree(ranks[0]["weights"], one["weights"]), case
         assert moved(one) > 1e-3, "the run is too short to tell"
 
 
@@ -158,7 +166,7 @@ def test_scope_example_depends_on_no_split_at_all(engine, part):
             rows = 2 * PROCESSES.get(engine, 2) * case["gradient_accumulation_steps"]
             undivided = {**case, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
             whole = on_one_process("loop" if engine in LOOPS else "trainer", json.dumps(undivided))
-            assert largest_difference(ranks[0]["weights"], whole["weights"]) < 1e-7, case
+            assert agree(ranks[0]["weights"], whole["weights"]), case
 
 
 @pytest.mark.parametrize("engine", marked(TRAINERS))
@@ -193,7 +201,7 @@ def test_traffic(engine):
 def test_clipping_and_schedule_are_stock(engine):
     ranks = ranks_of(engine, CLIPPED)
     one = accumulating(engine, CLIPPED)
-    assert largest_difference(ranks[0]["weights"], one["weights"]) < 1e-7
+    assert agree(ranks[0]["weights"], one["weights"])
     unclipped = accumulating(engine, {**CLIPPED, "max_grad_norm": 0.0})
     assert largest_difference(one["weights"], unclipped["weights"]) > 1e-4
     for ours, whole in zip(ranks[0]["log"], one["log"], strict=True):

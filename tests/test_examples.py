@@ -2,138 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import random
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 
+import glue_world
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from glue_world import EXAMPLES, FAST, review, run, same_weights, saved_results, write_jsonl, write_parquet
+from transformers import BertConfig, BertForSequenceClassification
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-GOOD, BAD = ("lovely", "warm", "funny"), ("dull", "cold", "boring")
-WORDS = ("the", "film", "is", "a", "story", *GOOD, *BAD)
-FAST = shlex.split(
-    "--pad_to_max_length False --max_seq_length 16 --report_to none --per_device_train_batch_size 8 --max_steps 6 "
-    "--learning_rate 1e-2 --logging_steps 2"
-)
+world = glue_world.world
 
 
 def test_the_suite_finds_the_examples():
     assert {"run_glue.py", "run_glue_no_trainer.py", "glue_metric.py"} <= {p.name for p in EXAMPLES.iterdir()}
 
 
-# A tiny world ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a model, and the same kind of data in every form that the scripts read."""
-    folder = tmp_path_factory.mktemp("world")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder / "model")
-    tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt")) if _v5() else BertTokenizer(str(folder / "vocab.txt"))
-    tokenizer.save_pretrained(folder / "model")
-    single = [_review(i) for i in range(32)]
-    pairs = [
-        {"sentence1": r["sentence"], "sentence2": single[i - 1]["sentence"], "label": i % 11 / 2}
-        for i, r in enumerate(single)
-    ]
-    _write_jsonl(folder / "single.jsonl", single)
-    _write_jsonl(folder / "pairs.jsonl", pairs)
-    _write_delimited(folder / "single.csv", single, ",")
-    _write_delimited(folder / "single.tsv", single, "\t")
-    _write_jsonl(folder / "unlabelled.jsonl", [{"sentence": r["sentence"]} for r in single[:5]])
-    _write_parquet(folder / "pairs.parquet", pairs)
-    return folder
-
-
-def _v5():
-    import transformers
-
-    return int(transformers.__version__.split(".")[0]) >= 5
-
-
-def _review(seed):
-    draw = random.Random(seed)
-    label = seed % 2
-    word = draw.choice(GOOD if label else BAD)
-    return {"sentence": f"the {draw.choice(('film', 'story'))} is {word}", "label": label}
-
-
-def _write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write_delimited(path, rows, delimiter):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_parquet(path, rows):
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def _run(script, world, *flags, fails=False, before=""):
-    """Runs a script in a process of its own, with the caches inside the tiny world. Returns what it printed."""
-    caches = {"HF_HOME": str(world / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    if not _v5():
-        # transformers 4.46 resumes with a bare torch.load, which torch >= 2.6 refuses for the random states.
-        caches["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    code = ["-c", before] if before else [str(EXAMPLES / script)]
-    done = subprocess.run(
-        [sys.executable, *code, *map(str, flags)],
-        env=os.environ | caches,
-        cwd=world,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == (1 if fails else 0), output
-    return done.stderr if fails else output
-
-
-def _weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def _same_weights(one, other):
-    one, other = _weights(one), _weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def _results(folder):
-    return json.loads((folder / "all_results.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def trained(world):
     """A full run: trained with an attack that warms up, evaluated, attacked, predicted."""
     out = world / "trained"
-    output = _run(
+    output = run(
         "run_glue.py", world, "--model_name_or_path", world / "model", "--task_name", "sst2",
         "--train_file", world / "single.csv", "--validation_file", world / "single.jsonl",
         "--test_file", world / "unlabelled.jsonl", "--do_train", "--do_eval", "--do_predict",
@@ -148,7 +38,7 @@ def trained(world):
 
 def test_trains_evaluates_attacks_and_predicts(trained):
     out, output = trained
-    results = _results(out)
+    results = saved_results(out)
     assert results["train_samples"] == results["eval_samples"] == results["robust_samples"] == 32
     assert {f"robust_{a}_{e}" for a in ("noise", "fgm", "pgd-10") for e in ("0.5", "2")} < results.keys()
     assert results["robust_clean"] == pytest.approx(results["eval_accuracy"])
@@ -172,12 +62,12 @@ def test_the_model_card_names_the_attack_and_no_folder(trained, world):
 
 def test_resuming_gives_the_same_weights(trained, world):
     out = world / "resumed"
-    _run(
+    run(
         "run_glue.py", world, "--model_name_or_path", world / "model", "--task_name", "sst2",
         "--train_file", world / "single.csv", "--do_train", "--adv_epsilon", "0.3", "--adv_warmup", "2",
         "--resume_from_checkpoint", trained[0] / "checkpoint-3", "--output_dir", out, *FAST,
     )  # fmt: skip
-    assert _same_weights(trained[0], out)
+    assert same_weights(trained[0], out)
 
 
 def test_epsilon_0_is_the_stock_trainer(world, trained):
@@ -192,9 +82,9 @@ run_glue.AdversarialTrainer = transformers.Trainer
 run_glue.main(sys.argv[1:] + ["--output_dir", "stock"])
 """
     flags = ["--model_name_or_path", world / "model", "--task_name", "sst2", "--train_file", world / "single.csv"]
-    _run("", world, *flags, "--do_train", "--adv_epsilon", "0", *FAST, before=two_runs)
-    assert _same_weights(world / "epsilon_0", world / "stock")
-    assert not _same_weights(world / "epsilon_0", trained[0]), "the comparison sees an attack"
+    run("", world, *flags, "--do_train", "--adv_epsilon", "0", *FAST, before=two_runs)
+    assert same_weights(world / "epsilon_0", world / "stock")
+    assert not same_weights(world / "epsilon_0", trained[0]), "the comparison sees an attack"
     assert "Adversarial training" not in (world / "epsilon_0" / "README.md").read_text()
 
 
@@ -217,8 +107,8 @@ def test_regression_from_a_json_file_of_flags(world):
         "output_dir": str(out),
     }
     (world / "flags.json").write_text(json.dumps(flags))
-    output = _run("run_glue.py", world, world / "flags.json")
-    results = _results(out)
+    output = run("run_glue.py", world, world / "flags.json")
+    results = saved_results(out)
     assert {"eval_mse", "eval_pearson", "eval_spearmanr", "predict_pearson"} < results.keys()
     assert results["eval_samples"] == 20
     assert results["robust_clean"] == pytest.approx(results["eval_mse"], rel=1e-4)
@@ -233,17 +123,17 @@ def test_regression_from_a_json_file_of_flags(world):
 def test_mnli_is_evaluated_and_predicted_twice(world):
     data = world / "mnli" / "data"
     data.mkdir(parents=True)
-    rows = [{"premise": _review(i)["sentence"], "hypothesis": "a film", "label": i % 3} for i in range(12)]
+    rows = [{"premise": review(i)["sentence"], "hypothesis": "a film", "label": i % 3} for i in range(12)]
     hidden = [row | {"label": -1} for row in rows[:4]]
     parts = {"train": rows, "validation_matched": rows[:6], "validation_mismatched": rows[6:]}
     for split, part in (parts | {"test_matched": hidden, "test_mismatched": hidden}).items():
-        _write_parquet(data / f"{split}-00000-of-00001.parquet", part)
+        write_parquet(data / f"{split}-00000-of-00001.parquet", part)
     out = world / "mnli_out"
-    _run(
+    run(
         "run_glue.py", world, "--model_name_or_path", world / "model", "--task_name", "mnli",
         "--dataset_name", world / "mnli", "--do_train", "--do_eval", "--do_predict", "--output_dir", out, *FAST,
     )  # fmt: skip
-    results = _results(out)
+    results = saved_results(out)
     assert {"eval_accuracy", "eval_accuracy_mm"} < results.keys()
     assert "predict_accuracy" not in results, "-1 is no label"
     names = {p.name for p in out.glob("*.tsv")}
@@ -257,10 +147,10 @@ def test_an_output_folder_with_content_is_not_overwritten_unasked(world):
     (out / "mine.txt").write_text("mine")
     (out / "all_results.json").write_text('{"stale": 1}')
     flags = ["--model_name_or_path", world / "model", "--train_file", world / "single.tsv", "--do_train", *FAST]
-    error = _run("run_glue.py", world, *flags, "--output_dir", out, fails=True)
+    error = run("run_glue.py", world, *flags, "--output_dir", out, fails=True)
     assert error.splitlines()[-1].endswith("is not empty: pass another, or --overwrite_output_dir.")
-    _run("run_glue.py", world, *flags, "--output_dir", out, "--overwrite_output_dir")
-    assert "stale" not in _results(out)
+    run("run_glue.py", world, *flags, "--output_dir", out, "--overwrite_output_dir")
+    assert "stale" not in saved_results(out)
 
 
 # Without a network ----------------------------------------------------------------------------------------------------
@@ -275,7 +165,7 @@ def test_a_hub_name_without_a_network_is_one_sentence(world, script, missing):
         ["--model_name_or_path", "bert-base-cased"] if missing == "model" else ["--model_name_or_path", world / "model"]
     )
     flags = [*model, "--task_name", "sst2", *(data if missing == "model" else []), *train]
-    error = _run(script, world, *flags, "--output_dir", world / "none", fails=True)
+    error = run(script, world, *flags, "--output_dir", world / "none", fails=True)
     assert "Traceback" not in error
     sentences = [line for line in error.splitlines() if "Hugging Face hub" in line]
     instead = "--model_name_or_path" if missing == "model" else "--train_file and --validation_file"
@@ -295,13 +185,13 @@ LOOP = shlex.split(
 
 def test_the_loop_trains_evaluates_attacks_and_predicts(world):
     out = world / "loop"
-    _run(
+    run(
         "run_glue_no_trainer.py", world, "--model_name_or_path", world / "model", "--task_name", "mrpc",
         "--train_file", _as_pairs(world), "--validation_file", _as_pairs(world), "--test_file", _as_pairs(world),
         "--eval_robustness", "--robustness_epsilons", "0.5", "--adv_epsilon", "0.3", "--adv_every", "2",
         "--output_dir", out, *LOOP,
     )  # fmt: skip
-    results = _results(out)
+    results = saved_results(out)
     assert {"eval_accuracy", "eval_f1", "eval_combined_score", "robust_clean", "robust_pgd-10_0.5"} < results.keys()
     assert results["train_steps"] == 8
     assert results["train_loss"] > 0
@@ -311,8 +201,8 @@ def test_the_loop_trains_evaluates_attacks_and_predicts(world):
 
 def _as_pairs(world):
     path = world / "mrpc.jsonl"
-    rows = [_review(i) for i in range(32)]
-    _write_jsonl(path, [{"sentence1": r["sentence"], "sentence2": "a film", "label": r["label"]} for r in rows])
+    rows = [review(i) for i in range(32)]
+    write_jsonl(path, [{"sentence1": r["sentence"], "sentence2": "a film", "label": r["label"]} for r in rows])
     return path
 
 
@@ -340,10 +230,10 @@ script.Adversary = Plain
 script.main(sys.argv[1:] + ["--output_dir", "loop_plain", "--adv_epsilon", "0"])
 """
     files = ["--train_file", world / "pairs.jsonl", "--validation_file", world / "pairs.jsonl"]
-    _run("", world, "--model_name_or_path", world / "model", "--task_name", "stsb", *files, *LOOP, before=two_runs)
-    assert _same_weights(world / "loop_0", world / "loop_plain")
-    assert not _same_weights(world / "loop_1", world / "loop_plain"), "the comparison sees an attack"
-    assert {"eval_pearson", "eval_spearmanr"} < _results(world / "loop_0").keys()
+    run("", world, "--model_name_or_path", world / "model", "--task_name", "stsb", *files, *LOOP, before=two_runs)
+    assert same_weights(world / "loop_0", world / "loop_plain")
+    assert not same_weights(world / "loop_1", world / "loop_plain"), "the comparison sees an attack"
+    assert {"eval_pearson", "eval_spearmanr"} < saved_results(world / "loop_0").keys()
 
 
 # The shared module, in this process -----------------------------------------------------------------------------------
@@ -368,7 +258,7 @@ def test_every_kind_of_file_is_read(glue_data, world, name, tmp_path):
     assert len(data) == 32
     assert data[0]["label"] == 0
     column = "sentence1" if name.startswith("pairs") else "sentence"
-    assert [r[column] for r in data] == [_review(i)["sentence"] for i in range(32)]
+    assert [r[column] for r in data] == [review(i)["sentence"] for i in range(32)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
