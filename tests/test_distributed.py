@@ -191,8 +191,10 @@ def test_traffic(engine):
     for case, ranks in attacked(engine):
         if case["measure"]:
             passes = 1 if engine in REDUCE_ONCE else 2 * case["gradient_accumulation_steps"]
+            # gloo counts the sum that is scattered as well, over twice the weights of a replica's: it is summed once.
+            saved = (passes - 1) * stock["all_reduce"] / 3 if engine == "hsdp" else 0
             # The figures of a log line are a few numbers.
-            assert ranks[0]["moved"]["all_reduce"] <= passes * stock["all_reduce"] + 20, case
+            assert ranks[0]["moved"]["all_reduce"] <= passes * stock["all_reduce"] - saved + 300, case
             if passes == 1:
                 assert ranks[0]["moved"]["all_gather"] == stock["all_gather"], case
 
