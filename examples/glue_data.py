@@ -338,47 +338,59 @@ class Prepared:
     """Everything that a loop needs.
 
     Args:
-        model: with a head for `labels`.
+        config: the model's, with a head for `labels`.
         tokenizer: its tokenizer.
         labels: what it predicts.
         splits: tokenised; with a column `label` where the data has labels.
         collator: makes a batch.
+        model: `load_model` puts it here.
     """
 
-    model: Any
+    config: Any
     tokenizer: Any
     labels: Labels
     splits: dict[str, Dataset]
     collator: Callable[[list[Any]], Any]
+    model: Any = None
 
 
 def prepare(
     model: ModelArguments, data: DataTrainingArguments, raw: DatasetDict, splits: list[str], multiple: int | None = None
 ) -> Prepared:
-    """Loads model and tokenizer and tokenises `splits`; batches are padded to a multiple of `multiple`."""
+    """Loads the tokenizer and tokenises `splits`; batches are padded to a multiple of `multiple`."""
     columns = text_columns(raw, data.task_name)
-    common = {
+    name = model.model_name_or_path
+    with from_hub(*_advice(model, "config_name")):
+        config = AutoConfig.from_pretrained(model.config_name or name, **_where(model))
+    with from_hub(*_advice(model, "tokenizer_name")):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.tokenizer_name or name, use_fast=model.use_fast_tokenizer, **_where(model)
+        )
+    labels = find_labels(raw, data.task_name, config)
+    _set_head(config, labels)
+    tokens = {split: _tokenise(raw[split], split, columns, labels, tokenizer, data) for split in splits}
+    padded = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
+    return Prepared(config, tokenizer, labels, tokens, default_data_collator if data.pad_to_max_length else padded)
+
+
+def load_model(model: ModelArguments, config: Any) -> Any:
+    """The model. Under ZeRO-3 the processes load it together: never call this where one of them goes first."""
+    with from_hub(*_advice(model, "model_name_or_path")):
+        return AutoModelForSequenceClassification.from_pretrained(
+            model.model_name_or_path,
+            config=config,
+            ignore_mismatched_sizes=model.ignore_mismatched_sizes,
+            **_where(model),
+        )
+
+
+def _where(model: ModelArguments) -> dict[str, Any]:
+    return {
         "cache_dir": model.cache_dir,
         "revision": model.model_revision,
         "token": model.token,
         "trust_remote_code": model.trust_remote_code,
     }
-    name = model.model_name_or_path
-    with from_hub(*_advice(model, "config_name")):
-        config = AutoConfig.from_pretrained(model.config_name or name, **common)
-    with from_hub(*_advice(model, "tokenizer_name")):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.tokenizer_name or name, use_fast=model.use_fast_tokenizer, **common
-        )
-    labels = find_labels(raw, data.task_name, config)
-    _set_head(config, labels)
-    with from_hub(*_advice(model, "model_name_or_path")):
-        network = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=model.ignore_mismatched_sizes, **common
-        )
-    tokens = {split: _tokenise(raw[split], split, columns, labels, tokenizer, data) for split in splits}
-    padded = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
-    return Prepared(network, tokenizer, labels, tokens, default_data_collator if data.pad_to_max_length else padded)
 
 
 def _advice(model: ModelArguments, flag: str) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from glue_data import (
     DataTrainingArguments,
     ModelArguments,
     Prepared,
+    load_model,
     load_splits,
     make_figures,
     need,
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         splits += [need(raw, "--do_predict", split) for split, _ in predicted]
         multiple = 8 if args.fp16 or args.bf16 else None
         prepared = prepare(model_args, data_args, raw, splits, multiple)
+    prepared.model = load_model(model_args, prepared.config)
     figures = make_figures(data_args.task_name, prepared.labels, model_args.cache_dir)
     trainer = make_trainer(args, prepared, figures)
     found: dict[str, float] = {}

@@ -22,6 +22,7 @@ from glue_data import (
     DataTrainingArguments,
     ModelArguments,
     Prepared,
+    load_model,
     load_splits,
     make_figures,
     need,
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         splits = [need(raw, "Training", "train"), *(need(raw, "Evaluation", split) for split, _ in evaluated)]
         multiple = None if accelerator.mixed_precision == "no" else 8
         prepared = prepare(model_args, data_args, raw, [*splits, *(split for split, _ in predicted)], multiple)
+    prepared.model = load_model(model_args, prepared.config)
     figures = make_figures(data_args.task_name, prepared.labels, model_args.cache_dir)
 
     def evaluate(model: Any) -> dict[str, float]:
@@ -104,13 +106,13 @@ def train(
     """The loop. Compared with a plain one, `adversary.backward` stands where the forward and backward pass stood."""
     optimizer = make_optimizer(prepared.model, args)
     loader = make_loader(prepared, "train", args.per_device_train_batch_size, shuffle=True)
+    if accelerator.state.deepspeed_plugin is not None:
+        # DeepSpeed clips by itself.
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
     model, optimizer, loader = accelerator.prepare(prepared.model, optimizer, loader)
     per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     total = args.max_train_steps or args.num_train_epochs * per_epoch
-    # accelerate steps the scheduler once a process.
-    world = accelerator.num_processes
-    rates = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps * world, total * world)
-    rates = accelerator.prepare(rates)
+    rates = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, total)
 
     attack, schedule = args.make_attack(), args.make_schedule()
     adversary = Adversary(model, attack, target=args.adv_target, accelerator=accelerator, seed=args.seed)
@@ -125,10 +127,11 @@ def train(
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
-                rates.step()
                 optimizer.zero_grad()
             loss_sum, batches = loss_sum + loss, batches + 1
             if accelerator.sync_gradients:
+                if not accelerator.optimizer_step_was_skipped:
+                    rates.step()
                 step += 1
                 bar.update()
                 if step == total:
