@@ -411,6 +411,6 @@ def _reentrant_by_default() -> bool:
 def _deepspeed_can_wait() -> bool:
     import inspect
 
-    from accelerate.utils import DeepSpeedEngineWrapper
+    from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
     return "sync_gradients" in inspect.signature(DeepSpeedEngineWrapper.backward).parameters

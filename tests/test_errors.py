@@ -144,6 +144,18 @@ def test_an_example_split_over_processes(tmp_path):
     refused(tmp_path, "cp_size above 1 splits one example over processes", change=pretend)
 
 
+def test_deepspeed_with_an_accelerate_that_steps_in_every_backward_pass(tmp_path, monkeypatch):
+    from accelerate.utils import DistributedType
+    from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+
+    def pretend(trainer):
+        # The signature before accelerate 1.8.
+        monkeypatch.setattr(DeepSpeedEngineWrapper, "backward", lambda self, loss, **kwargs: None)
+        monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
+
+    refused(tmp_path, "Install accelerate 1.8 or newer.", change=pretend)
+
+
 def test_two_problems_of_the_model_come_at_once(tmp_path):
     def pretend(trainer):
         trainer.args._n_gpu = 2
