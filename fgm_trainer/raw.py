@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -246,15 +247,9 @@ class Adversary:
             return Answer(gradient / scale[0], seen.units(self._scope), loss.detach())
 
         def look_(request: Look) -> Answer:
-            scale: list[Tensor] = []
-
-            def scaled() -> Tensor:
-                loss = loss_of(self._inner, batch)
-                loss.register_hook(scale.append)
-                return scaled_as_the_engine_would(self._accelerator, loss)
-
-            seen, gradient, loss = look(self._place, batch, request.delta, scaled)
-            return Answer(gradient / scale[0], seen.units(self._scope), loss / scale[0])
+            scaled = functools.partial(scaled_as_the_engine_would, self._accelerator)
+            seen, gradient, loss = look(self._place, batch, request.delta, lambda: loss_of(self._inner, batch), scaled)
+            return Answer(gradient, seen.units(self._scope), loss)
 
         if epsilon == 0:
             loss = loss_of(self._model, batch)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .geometry import SCOPES, Units, shared_entries
+from .geometry import SCOPES
 from .inspection import (
     encoder_of,
     find_module,
@@ -28,140 +28,7 @@ from .inspection import (
     shared_lookups,
     vocabulary_size_of,
 )
-
-
-class Pass:
-    """What one forward pass met at the target: its calls, in order, as one tensor.
-
-    Several calls in one forward (two towers, R-Drop) are stacked along the rows, shorter ones padded at the end;
-    the attack sees one tensor, and every call gets its own part back.
-
-    Args:
-        delta: the perturbation to add, (rows, positions, dimension), or None for none.
-        gradient: whether the gradient with respect to the perturbation is wanted.
-        padding_id: the id that carries no token, where there is no attention mask.
-    """
-
-    def __init__(self, delta: Tensor | None, gradient: bool, padding_id: int | None) -> None:
-        self._delta, self._wanted = delta, gradient
-        self._padding_id = padding_id
-        # The attention mask of the call in progress, (rows, positions): true where there is a token.
-        self.mask: Tensor | None = None
-        self._leaves: list[Tensor] = []
-        self._ids: list[Tensor | None] = []
-        self._tokens: list[Tensor | None] = []
-        self._norms: list[tuple[Tensor, Tensor]] = []
-        self._vocabulary_size = 0
-        self._row = 0
-        self.calls = 0
-        self.forward_done = False
-
-    def meet(self, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
-        """Called by the target's hook: the value that goes on through the model in place of `value`."""
-        if not value.is_floating_point():
-            raise TypeError(f"A perturbation can be added to floating-point numbers only; the target is {value.dtype}.")
-        if self.forward_done:
-            return value + self._again(value)
-        self.calls += 1
-        if self._delta is None and not self._wanted:
-            return value
-        tokens = self._find_tokens(value, ids)
-        leaf = torch.zeros_like(value) if self._delta is None else self._own_part(self._delta, value)
-        if self._wanted:
-            leaf = leaf.detach().requires_grad_()
-        if self._delta is not None:
-            self._norms.append((_row_norms(value, tokens), _row_norms(leaf, tokens)))
-        self._leaves.append(leaf)
-        self._ids.append(ids)
-        self._tokens.append(tokens)
-        self._vocabulary_size = vocabulary_size
-        return value + leaf
-
-    def check(self) -> None:
-        """Raises RuntimeError unless every row of the perturbation was used."""
-        if self._delta is not None and self._row != self._delta.shape[0]:
-            raise RuntimeError(
-                f"The first pass met {self._delta.shape[0]} rows at the target and this one {self._row}: the model "
-                "must call the target equally often in every pass of a step."
-            )
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        return self._leaves
-
-    def gradient(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The gradients of `leaves`, stacked: (rows, positions, dimension), in float32 at least."""
-        if all(g is None for g in gradients):
-            raise RuntimeError(
-                "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
-                "`adv_target` that lies on the way from the inputs to the loss."
-            )
-        # A call without a gradient (a teacher's, under no_grad) has no direction.
-        pairs = zip(gradients, self._leaves, strict=True)
-        stacked = _stack([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs])
-        # A loss scale is divided out next, and what is left may be zero in float16.
-        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-
-    def units(self, scope: str) -> Units:
-        """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
-        dims = self._leaves[0].dim()
-        tokens = _stack_tokens(self._tokens, self._leaves)
-        if scope == "vocabulary":
-            ids = [i for i in self._ids if i is not None]
-            if len(ids) < len(self._leaves):
-                raise ValueError("adv_scope 'vocabulary' exists for token lookups only; write adv_scope='example'.")
-            entries = shared_entries(_stack(ids), tokens, self._vocabulary_size)
-            return Units(scope, tokens, entries)
-        if scope == "example" and dims < 3 and self._ids[0] is not None:
-            raise ValueError(
-                f"The lookup's output has shape {tuple(self._leaves[0].shape)}, several examples packed into one row: "
-                "adv_scope 'example' would mean the pack. Write adv_scope='token' or 'vocabulary', or do not pack."
-            )
-        if scope == "token" and dims != 3 and self._ids[0] is None:
-            raise ValueError(
-                f"adv_scope 'token' needs a tensor (examples, positions, dimension); the target's is "
-                f"{tuple(self._leaves[0].shape)}. Write adv_scope='example'."
-            )
-        return Units(scope, tokens)
-
-    def row_norms(self) -> tuple[Tensor, Tensor]:
-        """The Euclidean norms of the clean tensor and of the perturbation, for each row: two tensors (rows,)."""
-        values, deltas = zip(*self._norms, strict=True)
-        return torch.cat(values), torch.cat(deltas)
-
-    def _again(self, value: Tensor) -> Tensor:
-        """Gradient checkpointing runs a layer's forward again inside the backward pass: the same leaf is added."""
-        if self._delta is None and not self._wanted:
-            return value.new_zeros(())
-        if len(self._leaves) != 1:
-            raise RuntimeError(
-                f"The target is called {len(self._leaves)} times inside checkpointed layers, so a recomputation can't "
-                "tell which call it repeats. Turn gradient checkpointing off or choose another adv_target."
-            )
-        return self._leaves[0]
-
-    def _own_part(self, delta: Tensor, value: Tensor) -> Tensor:
-        rows = slice(self._row, self._row + value.shape[0])
-        self._row += value.shape[0]
-        part = delta[rows] if delta.dim() < 3 else delta[rows, : value.shape[1]]
-        if part.shape != value.shape:
-            raise RuntimeError(
-                f"The target's tensor has shape {tuple(value.shape)} but its perturbation has {tuple(part.shape)}: the "
-                "model must call the target equally often, with equal shapes, in every pass of a step."
-            )
-        return part.to(value.dtype)
-
-    def _find_tokens(self, value: Tensor, ids: Tensor | None) -> Tensor | None:
-        places = value.shape[:-1] if ids is None else ids.shape
-        mask = None if self.mask is None or len(places) != 2 else self.mask.to(value.device).bool()
-        if mask is not None and mask.shape[-1] == places[1] and mask.numel() == places.numel():
-            return mask.view(places)
-        if mask is not None and mask.shape[0] == places[0] and mask.shape[1] < places[1]:
-            # Padded inside the model to a multiple of its window (Longformer).
-            return nn.functional.pad(mask, (0, places[1] - mask.shape[1]))
-        if ids is not None and self._padding_id is not None:
-            return ids != self._padding_id
-        return None
+from .passes import Pass
 
 
 class Target:
@@ -428,7 +295,11 @@ def find_target(name: str, model: nn.Module) -> Target:
 
 
 def look(
-    target: Target, batch: Any, delta: Tensor | None, loss_of: Callable[[], Tensor]
+    target: Target,
+    batch: Any,
+    delta: Tensor | None,
+    loss_of: Callable[[], Tensor],
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> tuple[Pass, Tensor, Tensor]:
     """The gradient of the loss with respect to the perturbation alone: no weight gradient is computed or touched.
 
@@ -437,6 +308,7 @@ def look(
         batch: the model's inputs, for the message where they never reach the target.
         delta: where the gradient is taken; None for zero.
         loss_of: runs the forward pass and returns the loss, a scalar.
+        scaled: multiplies the loss by the loss scale of half precision, for the way back alone.
 
     Returns:
         The pass, the gradient dL/d(delta) and the loss. Running statistics of batch norms stay as they are.
@@ -444,8 +316,10 @@ def look(
     with target.record(delta, gradient=True) as seen, torch.enable_grad(), _still_statistics(target.model):
         loss = loss_of()
         target.forward_ended(seen, batch)
+        # As the first entry: d(what the way back starts from) / d(loss).
+        leaves = [loss, *seen.leaves]
         try:
-            gradients = torch.autograd.grad(loss, seen.leaves, allow_unused=True)
+            scale, *gradients = torch.autograd.grad(scaled(loss), leaves, allow_unused=True)
         except RuntimeError as error:
             if "reentrant" not in str(error):
                 raise
@@ -453,7 +327,7 @@ def look(
                 "Reentrant gradient checkpointing can't give the gradient with respect to the perturbation alone. "
                 "Enable it with use_reentrant=False."
             ) from error
-        return seen, seen.gradient(gradients), loss.detach()
+        return seen, seen.gradient(gradients) / scale, loss.detach()
 
 
 @contextmanager
@@ -482,27 +356,3 @@ def _looks_tokens_up(model: nn.Module, lookup: nn.Module) -> bool:
     except ValueError:
         # The model does not name its input embedding; whoever named this one may mean it.
         return True
-
-
-def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(values.detach(), dim=-1, dtype=dtype)
-    if tokens is not None:
-        norms = norms * tokens
-    return norms if norms.dim() < 2 else norms.flatten(1).norm(dim=1)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0]
-    longest = max(t.shape[1] for t in tensors)
-    padded = [torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
-    return torch.cat(padded)
-
-
-def _stack_tokens(tokens: list[Tensor | None], leaves: list[Tensor]) -> Tensor | None:
-    if len(leaves) == 1:
-        return tokens[0]
-    return _stack(
-        [leaf.new_ones(leaf.shape[:2]).bool() if t is None else t for t, leaf in zip(tokens, leaves, strict=True)]
-    )

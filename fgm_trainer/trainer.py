@@ -23,9 +23,10 @@ from transformers.utils import logging
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Answer, Attack, Look, Train, run
 from .monitoring import CollapseWatch, LogWindow
+from .passes import Pass
 from .raw import gradients_stay_local, scaled_as_the_engine_would
 from .schedule import Schedule
-from .targets import EmbeddingOutput, Pass, Target, find_target, look
+from .targets import EmbeddingOutput, Target, find_target, look
 
 if TYPE_CHECKING:
     from .robustness import RobustnessReport
@@ -209,19 +210,18 @@ class AdversarialTrainerMixin(_Base):
 
         def look_(request: Look) -> Answer:
             _restore(random_state)
-            scale: list[Tensor] = []
             inner = self._inner(model)
             prepared = self._prepare_inputs(dict(inputs))
             inner.train()
 
             def loss_of() -> Tensor:
                 with self.compute_loss_context_manager():
-                    loss: Any = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
-                loss.register_hook(scale.append)
-                return scaled_as_the_engine_would(self.accelerator, loss)
+                    loss: Tensor = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
+                return loss
 
-            seen, gradient, loss = look(place, inputs, request.delta, loss_of)
-            return self._answer(seen, gradient / scale[0], loss / scale[0], attack.scope or "")
+            scaled = functools.partial(scaled_as_the_engine_would, self.accelerator)
+            seen, gradient, loss = look(place, inputs, request.delta, loss_of, scaled)
+            return self._answer(seen, gradient, loss, attack.scope or "")
 
         self._window.begin(first, self.args.device)
         run(attack, epsilon, self._seed(), train, look_)

@@ -13,8 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer
 from fgm_trainer.attacks import ATTACKS, Attack
+from fgm_trainer.passes import Pass
 from fgm_trainer.raw import Adversary
-from fgm_trainer.targets import Pass
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast.*:FutureWarning")  # accelerate 1.1's name
 

@@ -14,6 +14,7 @@ LAYERS = [
     "geometry",
     "schedule",
     "inspection",
+    "passes",
     "targets",
     "attacks",
     "raw",
