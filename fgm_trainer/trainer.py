@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
@@ -25,6 +24,7 @@ from .attacks import FGM, Answer, Attack, Look, Train, run
 from .monitoring import CollapseWatch, LogWindow
 from .passes import Pass
 from .raw import gradients_stay_local, scaled_as_the_engine_would
+from .refusals import refuse
 from .schedule import Schedule
 from .targets import EmbeddingOutput, Target, find_target, look
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from .robustness import RobustnessReport
 
 logger = logging.get_logger(__name__)
-
-_STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
-_STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -84,7 +81,7 @@ class AdversarialTrainerMixin(_Base):
         super()._hp_search_setup(trial)
         self._configure()
         if self.attack.epsilon > 0:
-            self._refuse()
+            refuse(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, after every problem of the configuration was looked for.
@@ -94,7 +91,7 @@ class AdversarialTrainerMixin(_Base):
         """
         self._configure()
         if self.attack.epsilon > 0:
-            self._refuse()
+            refuse(self)
         if self._given_attack is None and not isinstance(self.args, AdversarialArguments):
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
         self._window, self._watch = LogWindow(), CollapseWatch()
@@ -216,8 +213,8 @@ class AdversarialTrainerMixin(_Base):
 
             def loss_of() -> Tensor:
                 with self.compute_loss_context_manager():
-                    loss: Tensor = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
-                return loss
+                    loss: Any = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
+                return loss  # type: ignore[no-any-return]
 
             scaled = functools.partial(scaled_as_the_engine_would, self.accelerator)
             seen, gradient, loss = look(place, inputs, request.delta, loss_of, scaled)
@@ -320,54 +317,6 @@ class AdversarialTrainerMixin(_Base):
         batch = index * world + self.accelerator.process_index
         return hash((self.args.seed, step, batch)) % 2**63
 
-    def _refuse(self) -> None:
-        problems = []
-        model = self.model
-        if model is not None and not isinstance(self._target, Target):
-            try:
-                find_target(self._target, self._inner(model)).settle(self.attack.scope, self.attack.default_scope)
-            except ValueError as error:
-                problems.append(str(error))
-        if self.args.n_gpu > 1:
-            problems.append(
-                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs is not supported: its replicas carry no hooks' "
-                "state. Start one process a GPU: `accelerate launch script.py ...` or `torchrun --nproc_per_node "
-                f"{self.args.n_gpu} script.py ...`."
-            )
-        optimizer = str(getattr(self.args.optim, "value", self.args.optim))
-        given = type(self.optimizer).__name__ if self.optimizer is not None else ""
-        if any(part in name.lower() for part in _STEPS_IN_BACKWARD for name in (optimizer, given)):
-            problems.append(
-                f"optim={optimizer!r}{given and f' ({given})'} steps inside the backward pass, so the clean pass would "
-                "change the weights before the adversarial one. Choose an optimizer that steps afterwards, such as "
-                "optim='adamw_torch'."
-            )
-        twice = [c.__name__ for c in type(self).__mro__ if c.__name__ in _STEPS_TWICE]
-        if twice:
-            problems.append(f"{twice[0]} counts its training steps, so running a step's passes twice breaks it.")
-        checkpointing = getattr(self.args, "gradient_checkpointing_kwargs", None) or {}
-        reentrant = checkpointing.get("use_reentrant", _reentrant_by_default())
-        needs_look = self.attack.looks or self.attack.clean_weight == 0
-        if self.args.gradient_checkpointing and reentrant and needs_look:
-            problems.append(
-                f"{self.attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
-                "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        split = [kind for kind in ("tp", "cp", "sp") if getattr(self, f"get_{kind}_size", lambda: 1)() > 1]
-        if split:
-            problems.append(
-                f"{', '.join(f'{kind}_size' for kind in split)} above 1 splits one example over processes, each of "
-                "which would take its norm over a part and draw its own noise. Spread the batch instead: DDP, FSDP2 "
-                "or DeepSpeed ZeRO."
-            )
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
-            problems.append(
-                "With DeepSpeed this release of accelerate steps the optimizer in every backward pass, the clean one "
-                "too. Install accelerate 1.8 or newer."
-            )
-        if problems:
-            raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
-
 
 class AdversarialTrainer(AdversarialTrainerMixin, Trainer):
     """`Trainer` with adversarial training: swap the name, pass `--adv_epsilon`."""
@@ -400,17 +349,3 @@ def _without_unused(trainer: Any, dataset: Any) -> Any:
     """The data set without the columns that the model does not take, as `Trainer.evaluate` would see it."""
     remove = trainer._remove_unused_columns
     return remove(dataset, description="evaluation") if hasattr(dataset, "column_names") else dataset
-
-
-def _reentrant_by_default() -> bool:
-    import transformers
-
-    return int(transformers.__version__.split(".")[0]) < 5
-
-
-def _deepspeed_can_wait() -> bool:
-    import inspect
-
-    from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
-
-    return "sync_gradients" in inspect.signature(DeepSpeedEngineWrapper.backward).parameters

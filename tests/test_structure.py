@@ -22,6 +22,7 @@ LAYERS = [
     "plotting",
     "arguments",
     "monitoring",
+    "refusals",
     "trainer",
 ]
 

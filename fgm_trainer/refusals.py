@@ -1,0 +1,78 @@
+"""What adversarial training can't be run with, found before it starts."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import transformers
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+
+from .targets import Target, find_target
+
+if TYPE_CHECKING:
+    from .trainer import AdversarialTrainerMixin
+
+_STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
+_STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
+
+
+def refuse(trainer: AdversarialTrainerMixin) -> None:
+    """Raises ValueError, one message with every problem of model, arguments and engine."""
+    problems = []
+    model = trainer.model
+    if model is not None and not isinstance(trainer._target, Target):
+        try:
+            find_target(trainer._target, trainer._inner(model)).settle(
+                trainer.attack.scope, trainer.attack.default_scope
+            )
+        except ValueError as error:
+            problems.append(str(error))
+    if trainer.args.n_gpu > 1:
+        problems.append(
+            f"torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: its replicas carry no hooks' "
+            "state. Start one process a GPU: `accelerate launch script.py ...` or `torchrun --nproc_per_node "
+            f"{trainer.args.n_gpu} script.py ...`."
+        )
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    given = type(trainer.optimizer).__name__ if trainer.optimizer is not None else ""
+    if any(part in name.lower() for part in _STEPS_IN_BACKWARD for name in (optimizer, given)):
+        problems.append(
+            f"optim={optimizer!r}{given and f' ({given})'} steps inside the backward pass, so the clean pass would "
+            "change the weights before the adversarial one. Choose an optimizer that steps afterwards, such as "
+            "optim='adamw_torch'."
+        )
+    twice = [c.__name__ for c in type(trainer).__mro__ if c.__name__ in _STEPS_TWICE]
+    if twice:
+        problems.append(f"{twice[0]} counts its training steps, so running a step's passes twice breaks it.")
+    checkpointing = getattr(trainer.args, "gradient_checkpointing_kwargs", None) or {}
+    reentrant = checkpointing.get("use_reentrant", _reentrant_by_default())
+    needs_look = trainer.attack.looks or trainer.attack.clean_weight == 0
+    if trainer.args.gradient_checkpointing and reentrant and needs_look:
+        problems.append(
+            f"{trainer.attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
+            "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    split = [kind for kind in ("tp", "cp", "sp") if getattr(trainer, f"get_{kind}_size", lambda: 1)() > 1]
+    if split:
+        problems.append(
+            f"{', '.join(f'{kind}_size' for kind in split)} above 1 splits one example over processes, each of "
+            "which would take its norm over a part and draw its own noise. Spread the batch instead: DDP, FSDP2 "
+            "or DeepSpeed ZeRO."
+        )
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
+        problems.append(
+            "With DeepSpeed this release of accelerate steps the optimizer in every backward pass, the clean one "
+            "too. Install accelerate 1.8 or newer."
+        )
+    if problems:
+        raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
+
+
+def _reentrant_by_default() -> bool:
+    return int(transformers.__version__.split(".")[0]) < 5
+
+
+def _deepspeed_can_wait() -> bool:
+    return "sync_gradients" in inspect.signature(DeepSpeedEngineWrapper.backward).parameters
