@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 from engines import train
+from on_cpu import let_fsdp_in
 
 
 def main():
     engine, cases, out, model = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    if engine == "fsdp2-accelerate":
+        let_fsdp_in()
     for number, case in enumerate(cases):
         done = train(engine, case, out / "run", model)
         torch.save(done, out / f"case{number}-rank{done['rank']}.pt")

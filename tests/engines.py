@@ -42,7 +42,14 @@ SETTINGS = {
     "ddp": {},
     "ddp-loop": {},
     "fsdp2": {},
-    "fsdp2-accelerate": {},
+    "fsdp2-accelerate": {
+        "fsdp": True,
+        "fsdp_config": {
+            "fsdp_version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["BertLayer"],
+        },
+    },
     "fully_shard-loop": {},
     "hsdp": {},
     "zero1": zero(1),
@@ -93,7 +100,7 @@ def train_by_trainer(engine, case, path, model_path):
     common = {"max_steps": STEPS, "logging_steps": 2, **({"kind": TrainingArguments} if stock else {})}
     args = flags(path, **common | rule | SETTINGS.get(engine, {}) | case)
     events = Events()
-    trainer = in_order(Trainer if stock else AdversarialTrainer, engine)(
+    trainer = in_order(Trainer if stock else AdversarialTrainer)(
         model=load(engine, model_path), args=args, train_dataset=examples(ROWS), callbacks=[events]
     )
     events.trainer = trainer
@@ -109,14 +116,8 @@ def train_by_trainer(engine, case, path, model_path):
     }
 
 
-def in_order(base, engine):
+def in_order(base):
     class InOrder(base):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            if engine == "fsdp2-accelerate":
-                shard_by_accelerate(self.accelerator.state)
-                self.is_fsdp_enabled = True
-
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
@@ -167,16 +168,6 @@ def train_in_a_loop(engine, case, path, model_path):
             optimizer.zero_grad()
     adversary.close()
     return accelerator.unwrap_model(model), {"rank": accelerator.process_index}
-
-
-def shard_by_accelerate(state):
-    """Switches accelerate's FSDP2 on by hand: by itself it does so on GPUs only, and runs DDP on CPU."""
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["BertLayer"]
-    )
-    state.distributed_type = DistributedType.FSDP
 
 
 def load(engine, path):

@@ -8,19 +8,17 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 import uuid
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from packaging.version import Version
+from processes import free_port, require
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, BertTokenizer
 
@@ -127,14 +125,7 @@ def run(script, world, *flags, fails=False, before=""):
 
 
 def needs(name):
-    """Skips what an old release can't do, by its version; a library that is missing is a failure."""
-    for package, least in NEEDS.get(name, {}).items():
-        if Version(version(package)) < Version(least):
-            pytest.skip(f"{name} needs {package} {least}; found {version(package)}")
-    try:
-        version(LIBRARY.get(name, "torch"))
-    except PackageNotFoundError:
-        pytest.fail(f"{name} is not tested, for {LIBRARY[name]} is missing: pip install {LIBRARY[name]}")
+    require(name, NEEDS.get(name, {}), LIBRARY.get(name, "torch"))
 
 
 def accelerate(name, processes=2):
@@ -142,12 +133,6 @@ def accelerate(name, processes=2):
     config = EXAMPLES / "launch" / f"{name}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     return [*command, "--num_processes", processes, "--main_process_port", free_port()]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def launch(command, world, *flags, code=0, timeout=300, **settings):

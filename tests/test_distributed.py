@@ -4,18 +4,16 @@ import functools
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DIFFERENCES
-from engines import NEEDS, PROCESSES, SETTINGS, STEPS, train
-from packaging.version import Version
+from engines import NEEDS, PROCESSES, SETTINGS, STEPS, load, train
+from processes import free_port, require
 from test_faults import tiny_bert
 
 from fgm_trainer.attacks import ATTACKS
@@ -57,7 +55,13 @@ PARTS += [pytest.param(e, "rest", id=f"{e}-rest", marks=pytest.mark.slow) for e 
 @functools.cache
 def model_path():
     path = tempfile.mkdtemp(prefix="tiny-bert-")
-    tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(path)
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with torch.no_grad():
+        # Above 1 the neighbours of a float32 lie 1.2e-7 apart, too far for the bound of 1e-7.
+        for name, weight in model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                weight.div_(2)
+    model.save_pretrained(path)
     return path
 
 
@@ -74,25 +78,11 @@ def accumulating(engine, case):
     return on_one_process(kind, json.dumps(case | {"gradient_accumulation_steps": accumulation}))
 
 
-def refuse_missing(engine):
-    """Skips what an old release can't do, by its version; anything else that is missing is a failure."""
-    for package, least in NEEDS.get(engine, {}).items():
-        if Version(version(package)) < Version(least):
-            pytest.skip(f"{engine} needs {package} {least}; found {version(package)}")
-    if engine.startswith("zero"):
-        try:
-            version("deepspeed")
-        except PackageNotFoundError:
-            pytest.fail(f"{engine} is not tested: DeepSpeed is missing. `make test-distributed` installs it.")
-
-
 def launch(engine, cases, out):
     """Runs every case on the engine's processes; gives, by case, the results of all ranks."""
     processes = PROCESSES.get(engine, 2)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    group = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *group]
     command += [str(HERE / "distributed_worker.py"), engine, json.dumps(cases), str(out), model_path()]
     paths = {
         "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
@@ -108,7 +98,7 @@ def launch(engine, cases, out):
 @functools.cache
 def group(engine, part):
     """What one group of processes on the engine gave: pairs of a case and the results of all ranks."""
-    refuse_missing(engine)
+    require(engine, NEEDS.get(engine, {}), "deepspeed" if engine.startswith("zero") else "torch")
     cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF]
     with tempfile.TemporaryDirectory() as out:
         return list(zip(cases, launch(engine, cases, Path(out)), strict=True))
@@ -128,16 +118,12 @@ def largest_difference(one, other):
 
 
 def agree(one, other):
-    """To 1e-7; the float32 neighbours of a weight above 1 (LayerNorm has some) lie 1.2e-7 apart, and one is let by."""
-    for name, value in one.items():
-        apart = torch.nextafter(value.abs(), torch.tensor(torch.inf)) - value.abs()
-        assert ((value - other[name]).abs() <= apart.clamp(min=1e-7)).all(), name
-    return one.keys() == other.keys()
+    return largest_difference(one["weights"], other["weights"]) < 1e-7
 
 
 def moved(result):
     """How far training took the weights, at most."""
-    return largest_difference(result["weights"], dict(tiny_bert().named_parameters()))
+    return largest_difference(result["weights"], dict(load("trainer", model_path()).named_parameters()))
 
 
 @pytest.mark.parametrize(("engine", "part"), PARTS)
@@ -148,7 +134,7 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
         found = largest_difference(ranks[0]["weights"], one["weights"])
         place = engine, case["adv_scope"], case["adv_method"]
         differences[place] = max(found, differences.get(place, 0.0))
-        assert agree(ranks[0]["weights"], one["weights"]), case
+        assert agree(ranks[0], one), case
         assert moved(one) > 1e-3, "the run is too short to tell"
 
 
@@ -166,7 +152,7 @@ def test_scope_example_depends_on_no_split_at_all(engine, part):
             rows = 2 * PROCESSES.get(engine, 2) * case["gradient_accumulation_steps"]
             undivided = {**case, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
             whole = on_one_process("loop" if engine in LOOPS else "trainer", json.dumps(undivided))
-            assert agree(ranks[0]["weights"], whole["weights"]), case
+            assert agree(ranks[0], whole), case
 
 
 @pytest.mark.parametrize("engine", marked(TRAINERS))
@@ -203,7 +189,7 @@ def test_traffic(engine):
 def test_clipping_and_schedule_are_stock(engine):
     ranks = ranks_of(engine, CLIPPED)
     one = accumulating(engine, CLIPPED)
-    assert agree(ranks[0]["weights"], one["weights"])
+    assert agree(ranks[0], one)
     unclipped = accumulating(engine, {**CLIPPED, "max_grad_norm": 0.0})
     assert largest_difference(one["weights"], unclipped["weights"]) > 1e-4
     for ours, whole in zip(ranks[0]["log"], one["log"], strict=True):
@@ -214,7 +200,8 @@ def test_clipping_and_schedule_are_stock(engine):
 def test_bf16(engine):
     ranks = ranks_of(engine, HALF)
     exact = accumulating(engine, SMALL)
-    assert 0 < largest_difference(ranks[0]["weights"], exact["weights"]) < 0.05 * moved(exact)
+    # DeepSpeed gives the weights in bf16, where the neighbours of 0.5 lie 2e-3 apart.
+    assert 0 < largest_difference(ranks[0]["weights"], exact["weights"]) < 0.1 * moved(exact)
 
 
 @pytest.mark.parametrize("engine", DEEPSPEED)

@@ -6,7 +6,15 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from fgm_trainer import PGD, AdversarialTrainer, AdversarialTrainingArguments
 
@@ -15,6 +23,14 @@ def tiny_bert(**settings):
     set_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     return BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **shape | settings))
+
+
+def tiny_bart(kind=BartForSequenceClassification, **settings):
+    set_seed(0)
+    shape = {"d_model": 16, "max_position_embeddings": 32, "eos_token_id": 2, "num_labels": 2}
+    for side in ("encoder", "decoder"):
+        shape |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
+    return kind(BartConfig(vocab_size=50, **shape | settings))
 
 
 def examples(count=16, length=8):

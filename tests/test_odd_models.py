@@ -4,12 +4,10 @@ import types
 
 import pytest
 import torch
-from test_faults import examples, flags, hooks, tiny_bert
+from test_faults import examples, flags, hooks, tiny_bart, tiny_bert
 from test_trainer import Snippet, agree, far, run
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForSequenceClassification,
     Trainer,
     TrainingArguments,
     XLNetConfig,
@@ -178,25 +176,11 @@ def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path):
 
 
 def test_bart_whose_lookups_are_not_tied(tmp_path):
-    config = BartConfig(
-        vocab_size=50,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=32,
-        eos_token_id=2,
-        num_labels=2,
-        tie_word_embeddings=False,
-    )
     data = examples()
     for example in data:
         example["input_ids"][example["input_ids"] == 2] = 3
         example["input_ids"][4] = 2
-    trainer, _ = run(AdversarialTrainer, tmp_path, BartForSequenceClassification(config), data=data)
+    trainer, _ = run(AdversarialTrainer, tmp_path, tiny_bart(tie_word_embeddings=False), data=data)
     assert trainer.state.log_history[0]["adv_delta_norm"] > 0
     assert sum(hooks(trainer.model)) == 0
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from test_faults import examples, flags, hooks, tiny_bert, weights
+from test_faults import examples, flags, hooks, tiny_bart, tiny_bert, weights
 from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import BartForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
 import fgm_trainer
 from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainerMixin, AdversarialTrainingArguments
@@ -297,21 +297,8 @@ def test_the_model_card_names_the_attack(tmp_path):
 
 
 def test_the_seq2seq_twin_trains(tmp_path):
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    config = BartConfig(
-        vocab_size=50,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=32,
-    )
     args = flags(tmp_path, fgm_trainer.AdversarialSeq2SeqTrainingArguments, max_steps=2)
     data = [{**e, "labels": e["input_ids"]} for e in examples()]
-    model = BartForConditionalGeneration(config)
+    model = tiny_bart(BartForConditionalGeneration)
     fgm_trainer.AdversarialSeq2SeqTrainer(model=model, args=args, train_dataset=data).train()
     assert sum(hooks(model)) == 0
