@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# Files of tests on two workers.
+TWO := -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -11,16 +13,16 @@ demo: $(VENV)/ready  ## train on real reviews, plainly and adversarially, and sh
 	$(RUN) examples/demo.py
 
 test: $(VENV)/distributed  ## the default suite, a covering part of the engines included
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(TWO) -m "not slow"
 
 test-slow: $(VENV)/distributed  ## what the default suite has no time for
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest $(TWO) -m slow
 
 test-distributed: $(VENV)/distributed  ## every engine, attack, scope and launcher, and the table of differences
 	$(RUN) -m pytest tests/test_distributed.py tests/test_launch.py tests/test_process_faults.py
 
 test-oldest: .venv-oldest/ready  ## the suite on the oldest transformers that is supported
-	.venv-oldest/bin/python -m pytest -m "not slow"
+	.venv-oldest/bin/python -m pytest $(TWO) -m "not slow"
 
 check: $(VENV)/ready  ## style and types
 	$(VENV)/bin/ruff check .

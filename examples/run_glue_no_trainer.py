@@ -115,7 +115,8 @@ def train(
     rates = get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps, total)
 
     attack, schedule = args.make_attack(), args.make_schedule()
-    adversary = Adversary(model, attack, target=args.adv_target, accelerator=accelerator, seed=args.seed)
+    settings = {"target": args.adv_target, "epsilon_unit": args.adv_epsilon_unit, "seed": args.seed}
+    adversary = Adversary(model, attack, accelerator=accelerator, **settings)
     step, batches, loss_sum, found = 0, 0, torch.zeros((), device=accelerator.device), {}
     bar = tqdm(total=total, disable=not accelerator.is_local_main_process)
     for epoch in range(math.ceil(total / per_epoch)):
@@ -178,7 +179,9 @@ def robustness(
         accelerator.unwrap_model(model),
         prepared.splits[split],
         epsilons=epsilons,
-        target=args.adv_target,
+        # A model that was trained on perturbed weights is evaluated on perturbed inputs.
+        target=None if args.adv_target == "weights" else args.adv_target,
+        epsilon_unit=args.adv_epsilon_unit,
         batch_size=args.per_device_eval_batch_size,
         collate_fn=prepared.collator,
         seed=args.seed,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .attacks import FGM, PGD, Attack, Noise, register
+from .attacks import ALUM, AWP, FGM, FGSM, PGD, R3F, SMART, VAT, Attack, FreeLB, Noise, TokenAware, register
 
 if TYPE_CHECKING:
     from .arguments import AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
@@ -11,15 +11,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALUM",
+    "AWP",
     "FGM",
+    "FGSM",
     "PGD",
+    "R3F",
+    "SMART",
+    "VAT",
     "AdversarialSeq2SeqTrainer",
     "AdversarialSeq2SeqTrainingArguments",
     "AdversarialTrainer",
     "AdversarialTrainerMixin",
     "AdversarialTrainingArguments",
     "Attack",
+    "FreeLB",
     "Noise",
+    "TokenAware",
     "register",
 ]
 

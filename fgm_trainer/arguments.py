@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .attacks import ATTACKS, Attack, attack_class, own_settings
+from .driving import EPSILON_UNITS
 from .geometry import NORMS, SCOPES
 from .schedule import Schedule
 from .targets import INPUT_TENSORS
@@ -21,11 +22,19 @@ _METHODS = ", ".join(sorted(ATTACKS))
 class AdversarialArguments:
     """The adversarial flags, for any dataclass of training arguments to inherit (put it first)."""
 
-    adv_epsilon: float = field(
-        default=1.0,
+    adv_epsilon: float | None = field(
+        default=None,
         metadata={
             "help": "Size of the perturbation (Miyato et al. 2017, eq. 5). 0 is the stock Trainer, bit for bit. It is "
-            "not portable between scopes: `adv_delta_norm` in the log is the length that an example really got."
+            "not portable between scopes: `adv_delta_norm` in the log is the length that an example really got. "
+            "Default: the method's own, 1.0 for fgm."
+        },
+    )
+    adv_epsilon_unit: str = field(
+        default="absolute",
+        metadata={
+            "help": "`absolute`, or `embedding`: epsilon and all other lengths are multiples of the mean norm of a "
+            "token's embedding, measured once at the start, so that one value serves models of different size."
         },
     )
     adv_method: str = field(default="fgm", metadata={"help": f"The attack, one of: {_METHODS}."})
@@ -40,11 +49,26 @@ class AdversarialArguments:
         default=None,
         metadata={"help": f"Norm of the perturbation, one of: {', '.join(NORMS)}. Default: the method's own."},
     )
-    adv_target: str = field(
-        default="word_embeddings",
+    adv_target: str | None = field(
+        default=None,
         metadata={
             "help": "What is perturbed: `word_embeddings` (the input token lookup of any model), a module path such as "
-            "`bert.encoder.layer.3`, or an input tensor such as `inputs_embeds`."
+            "`bert.encoder.layer.3` or a pattern such as `bert.encoder.layer.*`, an input tensor such as "
+            "`pixel_values`, or `weights`. Default: the method's own, `word_embeddings` for all but awp."
+        },
+    )
+    adv_clip: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Valid range of an input tensor, such as `0 1`, held in every pass; where the Trainer has an image "
+            "processor that normalises, the range before normalisation."
+        },
+    )
+    adv_targeted: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "Move towards a label in place of away from the true one: a class, `least_likely`, or a column of "
+            "the data that holds it."
         },
     )
     adv_weight: float = field(
@@ -93,6 +117,8 @@ class AdversarialArguments:
             except json.JSONDecodeError as error:
                 problems.append(f"adv_kwargs must be a JSON object; found {self.adv_kwargs!r} ({error}).")
                 self.adv_kwargs = None
+        if isinstance(self.adv_targeted, str) and self.adv_targeted.isdecimal():
+            self.adv_targeted = int(self.adv_targeted)
         problems += _problems(self)
         if problems:
             raise ValueError(
@@ -102,7 +128,7 @@ class AdversarialArguments:
     def make_attack(self) -> Attack:
         """The attack that the flags describe."""
         return attack_class(self.adv_method)(
-            epsilon=self.adv_epsilon, weight=self.adv_weight, clean_weight=self.adv_clean_weight, **_given(self)
+            weight=self.adv_weight, clean_weight=self.adv_clean_weight, targeted=self.adv_targeted, **_given(self)
         )
 
     def make_schedule(self) -> Schedule:
@@ -133,6 +159,7 @@ ATTACK_FIELDS = (
     "adv_clean_weight",
     "adv_steps",
     "adv_step_size",
+    "adv_targeted",
     "adv_kwargs",
 )
 
@@ -145,7 +172,13 @@ def changed_attack_fields(args: Any) -> list[str]:
 
 def _given(args: AdversarialArguments) -> dict[str, Any]:
     """The method's settings that were given, by the method's names for them."""
-    named = {"scope": args.adv_scope, "norm": args.adv_norm, "steps": args.adv_steps, "step_size": args.adv_step_size}
+    named = {
+        "epsilon": args.adv_epsilon,
+        "scope": args.adv_scope,
+        "norm": args.adv_norm,
+        "steps": args.adv_steps,
+        "step_size": args.adv_step_size,
+    }
     given = {name: value for name, value in named.items() if value is not None}
     return given | (args.adv_kwargs if isinstance(args.adv_kwargs, dict) else {})
 
@@ -154,6 +187,8 @@ def _problems(args: AdversarialArguments) -> list[str]:
     found = []
     for name in ("adv_epsilon", "adv_weight", "adv_clean_weight", "adv_start", "adv_warmup"):
         value = getattr(args, name)
+        if value is None and name == "adv_epsilon":
+            continue
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             found.append(f"{name} must be a finite number, 0 or more; found {value!r}.")
         elif name in ("adv_start", "adv_warmup") and value >= 1 and value != int(value):
@@ -169,11 +204,21 @@ def _problems(args: AdversarialArguments) -> list[str]:
             f"adv_scope='vocabulary' exists for token lookups only, and adv_target is {args.adv_target!r}; "
             "write adv_scope='example'."
         )
+    if args.adv_epsilon_unit not in EPSILON_UNITS:
+        found.append(f"adv_epsilon_unit must be one of {', '.join(EPSILON_UNITS)}; found {args.adv_epsilon_unit!r}.")
+    if args.adv_clip is not None:
+        if args.adv_target not in INPUT_TENSORS:
+            found.append(
+                "adv_clip is the valid range of an input tensor, and adv_target is "
+                f"{args.adv_target or 'the token lookup'!r}; write adv_target='pixel_values', or leave adv_clip out."
+            )
+        if len(args.adv_clip) != 2 or not args.adv_clip[0] < args.adv_clip[1]:
+            found.append(f"adv_clip must be two numbers, the lower one first; found {args.adv_clip!r}.")
     if args.adv_norm is not None and args.adv_norm not in NORMS:
         found.append(f"adv_norm must be one of {', '.join(NORMS)}; found {args.adv_norm!r}.")
     if args.adv_kwargs is not None and not isinstance(args.adv_kwargs, dict):
         found.append(f"adv_kwargs must be a JSON object; found {args.adv_kwargs!r}.")
-    for name in ("steps", "step_size"):
+    for name in ("epsilon", "scope", "norm", "steps", "step_size"):
         if isinstance(args.adv_kwargs, dict) and name in args.adv_kwargs and getattr(args, f"adv_{name}") is not None:
             found.append(f"{name} is given twice: adv_{name} and adv_kwargs[{name!r}]. Leave one out.")
     try:
@@ -181,7 +226,7 @@ def _problems(args: AdversarialArguments) -> list[str]:
     except ValueError as error:
         return [*found, f"adv_method: {error}"]
     own = own_settings(method)
-    for name in set(_given(args)) - {"scope", "norm"} - set(own):
+    for name in set(_given(args)) - {"epsilon", "scope", "norm"} - set(own):
         flag = f"adv_{name}" if name in ("steps", "step_size") else f"adv_kwargs[{name!r}]"
         found.append(
             f"{flag} is given, but the method {args.adv_method!r} has no such setting; "

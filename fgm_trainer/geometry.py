@@ -72,6 +72,12 @@ class Units:
         norm: Tensor = torch.linalg.vector_norm(self._only(self._once(), values), dim=self._dims(values), keepdim=True)
         return norm
 
+    def count(self, values: Tensor) -> Tensor:
+        """The number of entries of each unit, every member counted once, in a shape that broadcasts."""
+        ones = torch.ones_like(_widen(values))
+        once = self.tokens if self.entries is None else self._once()
+        return self._only(once, ones).sum(dim=self._dims(values), keepdim=True)
+
     def only_tokens(self, values: Tensor) -> Tensor:
         """`values`, zero where there is no token."""
         return self._only(self.tokens, values)
@@ -94,6 +100,45 @@ class Units:
             return values
         # `where`, not a product: inf * 0 is NaN.
         return torch.where(positions.unsqueeze(-1), values, values.new_zeros(()))
+
+
+@dataclass(frozen=True)
+class Segments(Units):
+    """Units of a flat vector: its parts, one after the other, such as the weights of a model, one unit a tensor.
+
+    Args:
+        sizes: the number of entries of each part.
+        lengths: the Euclidean norm of what each part perturbs, (parts,): a step can be made relative to it.
+    """
+
+    scope: str = "tensor"
+    sizes: tuple[int, ...] = ()
+    lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        pass
+
+    def pool(self, gradient: Tensor) -> Tensor:
+        return _widen(gradient)
+
+    def share(self, values: Tensor) -> Tensor:
+        return _widen(values)
+
+    def largest(self, values: Tensor) -> Tensor:
+        return self._norms(values, math.inf)
+
+    def euclidean(self, values: Tensor) -> Tensor:
+        return self._norms(values, 2.0)
+
+    def count(self, values: Tensor) -> Tensor:
+        return self.spread(_widen(values).new_tensor(self.sizes))
+
+    def spread(self, each: Tensor) -> Tensor:
+        """One value a part, (parts,), as one value an entry."""
+        return each.repeat_interleave(torch.tensor(self.sizes, device=each.device))
+
+    def _norms(self, values: Tensor, order: float) -> Tensor:
+        return self.spread(torch.stack([torch.linalg.vector_norm(v, order) for v in values.split(self.sizes)]))
 
 
 def shared_entries(ids: Tensor, tokens: Tensor | None, size: int) -> Tensor:
@@ -147,9 +192,19 @@ def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
         seed: the same seed gives the same direction on the same kind of device; the global random state is
             neither read nor changed.
     """
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    noise = torch.randn(like.shape, dtype=_widen(like).dtype, device=like.device, generator=generator)
-    return _direction(units.share(noise), "l2" if norm == "none" else norm, units)
+    return _direction(gaussian(like, units, seed), "l2" if norm == "none" else norm, units)
+
+
+def uniform(like: Tensor, units: Units, seed: int) -> Tensor:
+    """Noise from U(-1, 1) in every entry, the same for all positions of a unit member; arguments as for `sample`."""
+    noise = torch.rand(like.shape, dtype=_widen(like).dtype, device=like.device, generator=_generator(like, seed))
+    return units.share(2 * noise - 1)
+
+
+def gaussian(like: Tensor, units: Units, seed: int) -> Tensor:
+    """Noise from N(0, 1) in every entry, the same for all positions of a unit member; arguments as for `sample`."""
+    noise = torch.randn(like.shape, dtype=_widen(like).dtype, device=like.device, generator=_generator(like, seed))
+    return units.share(noise)
 
 
 def length(perturbation: Tensor, norm: str, units: Units) -> Tensor:
@@ -189,6 +244,10 @@ def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
     if norm == "max":
         return member
     return member / torch.where(usable, units.euclidean(member), 1.0)
+
+
+def _generator(like: Tensor, seed: int) -> torch.Generator:
+    return torch.Generator(device=like.device).manual_seed(seed)
 
 
 def _widen(values: Tensor) -> Tensor:

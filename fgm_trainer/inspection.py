@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import importlib
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
@@ -17,6 +20,17 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     ending = [name for name in modules if name.endswith("." + path)]
     near = (ending or difflib.get_close_matches(path, modules, n=5, cutoff=0.4) or list(modules))[:5]
     raise ValueError(f"adv_target={path!r}: {type(model).__name__} has no such module. Near names: {', '.join(near)}.")
+
+
+def find_modules(model: nn.Module, pattern: str) -> list[nn.Module]:
+    """The modules whose paths match, a part between dots at a time. Raises ValueError that lists near names."""
+    parts = pattern.split(".")
+    found = [
+        module
+        for name, module in model.named_modules()
+        if name.count(".") == len(parts) - 1 and all(map(fnmatch.fnmatchcase, name.split("."), parts))
+    ]
+    return found or [find_module(model, pattern)]
 
 
 def input_embedding(model: nn.Module) -> nn.Module:
@@ -61,6 +75,32 @@ def vocabulary_size_of(module: nn.Module) -> int:
     weight: Any = next(m for m in module.modules() if is_lookup(m)).weight
     rows: Any = getattr(module, "num_embeddings", None) or weight.shape[0]
     return int(rows)
+
+
+def mean_embedding_norm(model: nn.Module) -> float:
+    """The mean Euclidean norm of a token's embedding, over all entries of the lookup that are not zero.
+
+    A weight that is sharded over processes is gathered for it, so all processes must call.
+
+    Raises:
+        ValueError: the model has no token lookup.
+    """
+    lookup = next(m for m in input_embedding(model).modules() if is_lookup(m))
+    weight: Any = lookup.weight
+    if hasattr(weight, "ds_id"):
+        with importlib.import_module("deepspeed").zero.GatheredParameters([weight]):
+            norms = _row_norms(weight)
+    else:
+        norms = _row_norms(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+    # Some lookups multiply what they read (Gemma, BART).
+    scale: Any = getattr(lookup, "embed_scale", 1.0)
+    return float(norms[norms > 0].mean()) * float(scale)
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight.detach(), dim=-1, dtype=dtype)
+    return norms
 
 
 def padding_id_of(model: nn.Module) -> int | None:

@@ -6,12 +6,36 @@ an adversarial pass it is the perturbation. After the backward pass `leaf.grad` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .geometry import Units, shared_entries
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a call of the target met, for a perturbation that is drawn there and then.
+
+    Args:
+        value: the tensor to be perturbed, (rows, positions, dimension).
+        units: its units.
+        ids: where tokens are looked up, their ids, (rows, positions).
+        vocabulary_size: and how many rows the lookup has.
+        call: the number of the call in this forward pass, from 0.
+    """
+
+    value: Tensor
+    units: Units
+    ids: Tensor | None
+    vocabulary_size: int
+    call: int
+
+
+# Noise has to be drawn where its shape is known, inside of the forward pass.
+Draw = Callable[[Met], Tensor]
 
 
 class Pass:
@@ -21,17 +45,27 @@ class Pass:
     the attack sees one tensor, and every call gets its own part back.
 
     Args:
-        delta: the perturbation to add, (rows, positions, dimension), or None for none.
+        delta: the perturbation to add, (rows, positions, dimension), or what draws it, or None for none.
         gradient: whether the gradient with respect to the perturbation is wanted.
+        scope: over which entries norms are taken.
         padding_id: the id that carries no token, where there is no attention mask.
+        clip: the valid range of the tensor, two tensors that broadcast against it.
     """
 
-    def __init__(self, delta: Tensor | None, gradient: bool, padding_id: int | None) -> None:
-        self._delta, self._wanted = delta, gradient
-        self._padding_id = padding_id
+    def __init__(
+        self,
+        delta: Tensor | Draw | None,
+        gradient: bool,
+        scope: str = "example",
+        padding_id: int | None = None,
+        clip: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self._delta, self._wanted, self._scope = delta, gradient, scope
+        self._padding_id, self._clip = padding_id, clip
         # The attention mask of the call in progress, (rows, positions): true where there is a token.
         self.mask: Tensor | None = None
         self._leaves: list[Tensor] = []
+        self._deltas: list[Tensor] = []
         self._ids: list[Tensor | None] = []
         self._tokens: list[Tensor | None] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -47,23 +81,35 @@ class Pass:
         if self.forward_done:
             return value + self._again(value)
         self.calls += 1
-        if self._delta is None and not self._wanted:
-            return value
         tokens = self._find_tokens(value, ids)
-        leaf = torch.zeros_like(value) if self._delta is None else self._own_part(self._delta, value)
-        if self._wanted:
-            leaf = leaf.detach().requires_grad_()
-        if self._delta is not None:
-            self._norms.append((_row_norms(value, tokens), _row_norms(leaf, tokens)))
-        self._leaves.append(leaf)
         self._ids.append(ids)
         self._tokens.append(tokens)
         self._vocabulary_size = vocabulary_size
-        return value + leaf
+        if self._delta is None:
+            delta = value.new_zeros(()).expand_as(value)
+        else:
+            delta = self._own_part(self._delta, value, ids, tokens).to(value.dtype)
+            if self._clip is not None:
+                delta = _inside(value.detach() + delta, *self._clip) - value.detach()
+        self._deltas.append(delta)
+        if self._delta is None and not self._wanted:
+            self._leaves.append(delta)
+            return value
+        if self._delta is not None:
+            self._norms.append((_row_norms(value, tokens), _row_norms(delta, tokens)))
+        leaf = delta
+        if self._wanted:
+            leaf = (torch.zeros_like(value) if self._delta is None else delta).detach().requires_grad_()
+        self._leaves.append(leaf)
+        moved = value + leaf
+        if self._clip is None or self._delta is None:
+            return moved
+        # The sum may round to just outside: the value is the range's own, the gradient as if nothing were done.
+        return _inside(moved.detach(), *self._clip) + (moved - moved.detach())
 
     def check(self) -> None:
         """Raises RuntimeError unless every row of the perturbation was used."""
-        if self._delta is not None and self._row != self._delta.shape[0]:
+        if isinstance(self._delta, Tensor) and self._row != self._delta.shape[0]:
             raise RuntimeError(
                 f"The first pass met {self._delta.shape[0]} rows at the target and this one {self._row}: the model "
                 "must call the target equally often in every pass of a step."
@@ -86,25 +132,37 @@ class Pass:
         # A loss scale is divided out next, and what is left may be zero in float16.
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
-    def units(self, scope: str) -> Units:
+    def units(self) -> Units:
         """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
-        dims = self._leaves[0].dim()
-        tokens = _stack_tokens(self._tokens, self._leaves)
+        return self._units(self._leaves, self._ids, self._tokens)
+
+    def like(self) -> Tensor:
+        """The perturbation as it was applied, (rows, positions, dimension): drawn, in the target's type, clipped."""
+        return _stack([delta.detach() for delta in self._deltas])
+
+    def ids(self) -> Tensor | None:
+        """The ids that were looked up, (rows, positions); None where the target is no lookup."""
+        ids = [i for i in self._ids if i is not None]
+        return _stack(ids) if len(ids) == len(self._ids) else None
+
+    def _units(self, leaves: list[Tensor], own_ids: list[Tensor | None], own_tokens: list[Tensor | None]) -> Units:
+        scope, dims = self._scope, leaves[0].dim()
+        tokens = _stack_tokens(own_tokens, leaves)
         if scope == "vocabulary":
-            ids = [i for i in self._ids if i is not None]
-            if len(ids) < len(self._leaves):
+            ids = [i for i in own_ids if i is not None]
+            if len(ids) < len(leaves):
                 raise ValueError("adv_scope 'vocabulary' exists for token lookups only; write adv_scope='example'.")
             entries = shared_entries(_stack(ids), tokens, self._vocabulary_size)
             return Units(scope, tokens, entries)
-        if scope == "example" and dims < 3 and self._ids[0] is not None:
+        if scope == "example" and dims < 3 and own_ids[0] is not None:
             raise ValueError(
-                f"The lookup's output has shape {tuple(self._leaves[0].shape)}, several examples packed into one row: "
+                f"The lookup's output has shape {tuple(leaves[0].shape)}, several examples packed into one row: "
                 "adv_scope 'example' would mean the pack. Write adv_scope='token' or 'vocabulary', or do not pack."
             )
-        if scope == "token" and dims != 3 and self._ids[0] is None:
+        if scope == "token" and dims != 3 and own_ids[0] is None:
             raise ValueError(
                 f"adv_scope 'token' needs a tensor (examples, positions, dimension); the target's is "
-                f"{tuple(self._leaves[0].shape)}. Write adv_scope='example'."
+                f"{tuple(leaves[0].shape)}. Write adv_scope='example'."
             )
         return Units(scope, tokens)
 
@@ -124,7 +182,10 @@ class Pass:
             )
         return self._leaves[0]
 
-    def _own_part(self, delta: Tensor, value: Tensor) -> Tensor:
+    def _own_part(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
+        if not isinstance(delta, Tensor):
+            units = self._units([value], [ids], [tokens])
+            return delta(Met(value.detach(), units, ids, self._vocabulary_size, self.calls - 1))
         rows = slice(self._row, self._row + value.shape[0])
         self._row += value.shape[0]
         part = delta[rows] if delta.dim() < 3 else delta[rows, : value.shape[1]]
@@ -133,7 +194,7 @@ class Pass:
                 f"The target's tensor has shape {tuple(value.shape)} but its perturbation has {tuple(part.shape)}: the "
                 "model must call the target equally often, with equal shapes, in every pass of a step."
             )
-        return part.to(value.dtype)
+        return part
 
     def _find_tokens(self, value: Tensor, ids: Tensor | None) -> Tensor | None:
         places = value.shape[:-1] if ids is None else ids.shape
@@ -146,6 +207,19 @@ class Pass:
         if ids is not None and self._padding_id is not None:
             return ids != self._padding_id
         return None
+
+
+def _inside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    for bound in (low, high):
+        # A range of three channels would silently make three channels of one.
+        ends = zip(reversed(bound.shape), reversed(values.shape), strict=False)
+        if bound.dim() > values.dim() or any(b not in (1, v) for b, v in ends):
+            raise ValueError(
+                f"The valid range has shape {tuple(bound.shape)}, which does not fit the target's "
+                f"{tuple(values.shape)}: is the processor, with its `image_mean` and `image_std`, the one that made "
+                "this tensor?"
+            )
+    return values.clamp(low.to(values), high.to(values))
 
 
 def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from . import attacks, geometry
-from .attacks import Answer, Look, Train, run
+from .attacks import Answer, Glance, Look, Step, Train, run
+from .driving import (
+    answer_from,
+    gradients_stay_local,
+    looked,
+    refuse_spread_weights,
+    scaled_as_the_engine_would,
+    unit_of,
+    with_weights,
+)
 from .inspection import input_embedding, shared_lookups
-from .targets import Target, find_target, look
+from .objective import Against, Outputs, detached, divergence, logits_of, problem_of, relabelled
+from .randomness import Masks
+from .target import Target
+from .targets import find_target
+
+LossOf = Callable[[nn.Module, Mapping[str, Any]], Any]
 
 
 class FGM:
@@ -188,6 +202,10 @@ class Adversary:
         target: what is perturbed, as `adv_target`.
         accelerator: the `accelerate.Accelerator`; None for a plain loop on one process.
         seed: of whatever the attack draws.
+        epsilon_unit: `absolute`, or `embedding` for the mean norm of a token's embedding.
+        clip: the valid range of an input tensor (`clipping.valid_range`).
+
+    `memory` is what the attack keeps between steps, or None: save its `state_dict()` beside your own.
 
     Raises:
         ValueError: the model does not have the target, or the scope does not exist there.
@@ -198,22 +216,30 @@ class Adversary:
         model: nn.Module,
         attack: attacks.Attack,
         *,
-        target: str | Target = "word_embeddings",
+        target: str | Target | None = None,
         accelerator: Any = None,
         seed: int = 0,
+        epsilon_unit: str = "absolute",
+        clip: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed
         inner = model if accelerator is None else accelerator.unwrap_model(model)
         self._inner: nn.Module = getattr(inner, "_orig_mod", inner)
+        target = target or attack.default_target
         self._place = target if isinstance(target, Target) else find_target(target, self._inner)
+        refuse_spread_weights(attack, target, self._inner, accelerator)
+        self._unit = unit_of(epsilon_unit, self._inner)
+        self.memory = self._memory = attack.in_units(self._unit).new_memory(seed)
+        self._steps_next = True
         self._scope = self._place.settle(attack.scope, attack.default_scope)
         self._place.attach(self._inner, model)
+        self._place.clip = clip
         self._count = 0
 
     def backward(
         self,
         batch: Mapping[str, Any],
-        loss_of: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+        loss_of: LossOf | None = None,
         *,
         epsilon: float | None = None,
     ) -> Tensor:
@@ -221,7 +247,8 @@ class Adversary:
 
         Args:
             batch: the model's inputs.
-            loss_of: (model, batch) -> the loss; None for `model(**batch).loss`.
+            loss_of: (model, batch) -> the loss, or (loss, outputs) with `logits` for an attack that compares outputs;
+                None for what the model returns.
             epsilon: this step's epsilon; None for the attack's. 0 makes one stock pass.
 
         Returns:
@@ -230,33 +257,21 @@ class Adversary:
         loss_of = loss_of or _model_loss
         epsilon = self._attack.epsilon if epsilon is None else epsilon
         _check_epsilon(epsilon)
-        losses: list[Tensor] = []
-
-        def train(request: Train, last: bool) -> Answer | None:
-            scale: list[Tensor] = []
-            local = nullcontext() if last else gradients_stay_local(self._accelerator, self._model)
-            with local, self._place.record(request.delta, gradient=not last) as seen:
-                loss = loss_of(self._model, batch)
-                self._place.forward_ended(seen, batch)
-                loss.register_hook(scale.append)
-                self._backward(loss * request.weight)
-            losses.append(loss.detach())
-            if last:
-                return None
-            gradient = seen.gradient([leaf.grad for leaf in seen.leaves])
-            return Answer(gradient / scale[0], seen.units(self._scope), loss.detach())
-
-        def look_(request: Look) -> Answer:
-            scaled = functools.partial(scaled_as_the_engine_would, self._accelerator)
-            seen, gradient, loss = look(self._place, batch, request.delta, lambda: loss_of(self._inner, batch), scaled)
-            return Answer(gradient, seen.units(self._scope), loss)
-
+        inputs = {name: value for name, value in batch.items() if name != self._attack.targeted}
         if epsilon == 0:
-            loss = loss_of(self._model, batch)
+            loss, _ = _pair(loss_of(self._model, inputs))
             self._backward(loss)
             return loss.detach()
-        run(self._attack, epsilon, self._next_seed(), train, look_)
-        return losses[0]
+        if self._memory is not None and self._steps_next:
+            total = (
+                _alone if self._accelerator is None else functools.partial(self._accelerator.reduce, reduction="sum")
+            )
+            self._memory.settle(self._inner, total)
+        self._steps_next = self._accelerator is None or self._accelerator.sync_gradients
+        passes = _Passes(self, inputs, batch, loss_of)
+        scaled = replace(self._attack, epsilon=epsilon).in_units(self._unit)
+        run(scaled, Step(scaled.epsilon, self._next_seed(), self._memory), passes.train, passes.look)
+        return passes.losses[0]
 
     def close(self) -> None:
         """Removes the hooks."""
@@ -276,51 +291,81 @@ class Adversary:
             self._accelerator.backward(loss)
 
 
-@contextmanager
-def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """For all passes of a step but the last: gradients add up on this process, and no optimizer steps.
+class _Passes:
+    """The passes of one micro-batch in a loop of one's own."""
 
-    DeepSpeed's backward steps the optimizer whenever `sync_gradients` is set; DDP reduces gradients in every backward
-    outside of `no_sync`. FSDP2 scatters them in every pass, since to keep them whole would cost the memory that it
-    saves; with replicas of the shards (HSDP) only the last pass sums over the replicas.
+    def __init__(
+        self, adversary: Adversary, inputs: Mapping[str, Any], given: Mapping[str, Any], loss_of: LossOf
+    ) -> None:
+        self._owner, self._inputs, self._given, self._loss_of = adversary, inputs, given, loss_of
+        self._masks = Masks(next(adversary._inner.parameters()).device)
+        self.losses: list[Tensor] = []
 
-    Args:
-        accelerator: the `accelerate.Accelerator`, or None.
-        model: the model as the accelerator prepared it.
-    """
-    if accelerator is None:
-        yield
-        return
-    bare = getattr(model, "_orig_mod", model)
-    sync = accelerator.sync_gradients
-    # Where this is not the last micro-batch, the loop around has already put the sum off.
-    replicated: Any = bare if sync and hasattr(bare, "set_requires_all_reduce") else None
-    with bare.no_sync() if isinstance(bare, DistributedDataParallel) else nullcontext():
-        try:
-            accelerator.sync_gradients = False
-            if replicated is not None:
-                replicated.set_requires_all_reduce(False)
-            yield
-        finally:
-            accelerator.sync_gradients = sync
-            if replicated is not None:
-                replicated.set_requires_all_reduce(True)
+    def train(self, request: Train, last: bool) -> Answer | None:
+        owner = self._owner
+        scale: list[Tensor] = []
+        local = nullcontext() if last else gradients_stay_local(owner._accelerator, owner._model)
+        wanted = owner._place.record(request.delta, gradient=not last, scope=owner._scope)
+        with self._masks.drawn(request.masks), local, wanted as seen:
+            loss, outputs = self._measure(owner._model, self._inputs, request.against)
+            owner._place.forward_ended(seen, self._inputs)
+            measure = loss
+            objective = loss * request.weight
+            if request.against:
+                measure = self._apart(outputs, request.against)
+                # A loss of weight 0 is left out: 0 times NaN is NaN.
+                objective = measure if request.weight == 0 else objective + measure
+            measure.register_hook(scale.append)
+            owner._backward(objective)
+        found = (measure if request.weight == 0 else loss).detach()
+        if request.weight:
+            self.losses.append(found)
+        if last:
+            return None
+        gradient = seen.gradient([leaf.grad for leaf in seen.leaves]) / scale[0]
+        return answer_from(seen, gradient, found, detached(outputs))
+
+    def look(self, request: Look | Glance) -> Answer:
+        owner, inputs = self._owner, self._inputs
+        outputs: Outputs = ()
+        against = request.against if isinstance(request, Look) else ()
+        model = owner._inner
+        if isinstance(request, Look) and request.label is not None:
+            inputs = relabelled(inputs, request.label, self._given)
+        if isinstance(request, Glance) and request.weights:
+            model = with_weights(model, request.weights)
+
+        def objective_of() -> Tensor:
+            nonlocal outputs
+            loss, outputs = self._measure(model, inputs, against)
+            return self._apart(outputs, against) if against else loss
+
+        scaled = functools.partial(scaled_as_the_engine_would, owner._accelerator)
+        with self._masks.drawn(request.masks):
+            seen, gradient, loss = looked(owner._place, inputs, request, objective_of, owner._scope, scaled)
+        return answer_from(seen, gradient, loss, detached(outputs))
+
+    def _measure(
+        self, model: nn.Module, inputs: Mapping[str, Any], against: tuple[Against, ...]
+    ) -> tuple[Tensor, Outputs]:
+        loss, outputs = _pair(self._loss_of(model, inputs))
+        return loss, logits_of(outputs) if self._owner._attack.reads_outputs or against else ()
+
+    def _apart(self, outputs: Outputs, against: tuple[Against, ...]) -> Tensor:
+        return divergence(outputs, against, problem_of(self._owner._inner), self._inputs.get("attention_mask"))
 
 
-def scaled_as_the_engine_would(accelerator: Any, loss: Tensor) -> Tensor:
-    """The loss times the loss scale of half precision, without which small gradients are zeros there."""
-    scaler = getattr(accelerator, "scaler", None)
-    if scaler is not None:
-        scaled: Tensor = scaler.scale(loss)
-        return scaled
-    deepspeed = getattr(accelerator, "deepspeed_engine_wrapped", None)
-    return loss if deepspeed is None else loss * getattr(deepspeed.engine.optimizer, "loss_scale", 1.0)
-
-
-def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
     outputs = model(**batch)
-    loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-    return loss
+    return (outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]), outputs
+
+
+def _pair(result: Any) -> tuple[Tensor, Any]:
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
 
 
 def _check_epsilon(epsilon: float) -> None:

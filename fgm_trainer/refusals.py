@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import transformers
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .targets import Target, find_target
+from .driving import refuse_spread_weights
+from .inspection import input_embedding, is_compiled
+from .target import Target
+from .targets import find_target
 
 if TYPE_CHECKING:
     from .trainer import AdversarialTrainerMixin
@@ -29,6 +33,26 @@ def refuse(trainer: AdversarialTrainerMixin) -> None:
             )
         except ValueError as error:
             problems.append(str(error))
+    if model is not None:
+        inner = trainer._inner(model)
+        try:
+            refuse_spread_weights(trainer.attack, trainer._target, inner, trainer.accelerator)
+            if trainer._epsilon_unit == "embedding":
+                input_embedding(inner)
+        except ValueError as error:
+            problems.append(str(error))
+        classes, label = getattr(getattr(inner, "config", None), "num_labels", None), trainer.attack.targeted
+        classifies = "Classification" in type(inner).__name__
+        if classifies and isinstance(label, int) and isinstance(classes, int) and label >= classes:
+            problems.append(f"adv_targeted={label} is no class of the model, which has {classes}.")
+        if label == "least_likely" and type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            problems.append(
+                "adv_targeted='least_likely' is for classification: a language model predicts the next position's "
+                "label. Name a column of the data that holds the targets."
+            )
+    compiled = trainer.args.torch_compile or (model is not None and is_compiled(model))
+    if trainer._target == "weights" and compiled:
+        problems.append("adv_target='weights' can't be compiled: leave torch_compile out.")
     if trainer.args.n_gpu > 1:
         problems.append(
             f"torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: its replicas carry no hooks' "

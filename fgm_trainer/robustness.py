@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import FGM, PGD, Answer, Attack, Look, Noise, Train, run
-from .targets import Target, find_target, look
+from .attacks import FGM, PGD, Answer, Attack, Glance, Look, Noise, Step, Train, run
+from .driving import answer_from, looked, unit_of
+from .objective import detached, divergence, logits_of, problem_of, relabelled
+from .passes import Pass
+from .target import Target
+from .targets import find_target
 
 ATTACKS_TO_TRY: tuple[Attack, ...] = (Noise(), FGM(), PGD(steps=10))
 EPSILONS = (0.1, 0.2, 0.4)
+LossOf = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ def evaluate_robustness(
     attacks: Sequence[Attack] = ATTACKS_TO_TRY,
     epsilons: Sequence[float] = EPSILONS,
     *,
-    target: str | Target = "word_embeddings",
+    target: str | Target | None = None,
+    epsilon_unit: str = "absolute",
+    clip: tuple[Tensor, Tensor] | None = None,
     batch_size: int = 32,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     seed: int = 0,
@@ -91,7 +98,9 @@ def evaluate_robustness(
         dataset: examples for `collate_fn`, with `labels`.
         attacks: the attacks; each one's own epsilon is replaced by the grid's.
         epsilons: 0 or more, any order.
-        target: what is perturbed, as `adv_target`.
+        target: what is perturbed, as `adv_target`; None for the input token lookup.
+        epsilon_unit: `absolute`, or `embedding`: the grid in units of the mean norm of a token's embedding.
+        clip: the valid range of the target's tensor, two tensors that broadcast against it (`valid_range`).
         batch_size: examples a batch.
         collate_fn: makes a batch of a list of examples; None for transformers' `default_data_collator`.
         seed: of whatever an attack draws; noise is drawn batch by batch, so it depends on `batch_size` too.
@@ -105,22 +114,25 @@ def evaluate_robustness(
     """
     grid = _check_grid(epsilons, attacks, dataset)
     model = getattr(model, "_orig_mod", model)
-    place = target if isinstance(target, Target) else find_target(target, model)
+    place = target if isinstance(target, Target) else find_target(target or "word_embeddings", model)
+    unit = unit_of(epsilon_unit, model)
+    place.clip = place.clip if clip is None else clip
     names = _names(attacks)
     scores: dict[str, list[list[_Outcome]]] = {name: [[] for _ in grid] for name in names}
     clean: list[_Outcome] = []
     labels: list[Tensor] = []
-    with _evaluating(model, place):
+    with evaluating(model, place):
         batches = list(_batches(dataset, batch_size, collate_fn))
         for number, batch in enumerate(_bar(batches, progress)):
-            batch = _on_device(batch, model)
-            outcome = _judge(_logits(model, batch), batch["labels"])
+            batch = on_device(batch, model)
+            inputs = {name: value for name, value in batch.items() if name not in {a.targeted for a in attacks}}
+            outcome = _judge(_logits(model, inputs), batch["labels"])
             clean.append(outcome)
             labels.append(batch["labels"].flatten().cpu())
             for name, attack in zip(names, attacks, strict=True):
                 now = outcome
                 for i, epsilon in enumerate(grid):
-                    now = _attacked(model, place, batch, attack, epsilon, now, seed + number)
+                    now = _attacked(model, place, batch, attack.in_units(unit), epsilon * unit, now, seed + number)
                     scores[name][i].append(now)
     return _report(clean, scores, torch.cat(labels), grid)
 
@@ -133,7 +145,9 @@ def _attacked(
     if not len(standing) or epsilon == 0:
         return now
     part = _rows(batch, standing, len(now.right))
-    after = _judge(_logits_under(model, place, part, attack, epsilon, seed), part["labels"])
+    scope = place.settle(attack.scope, "example")
+    _, outputs, _ = under_attack(model, place, part, attack, Step(epsilon, seed), scope)
+    after = _judge(_checked(outputs, part["labels"]), part["labels"])
     worse = after.error > now.error[standing]
     right, error, prediction = now.right.clone(), now.error.clone(), now.prediction.clone()
     right[standing] = after.right
@@ -142,41 +156,81 @@ def _attacked(
     return _Outcome(right, error, prediction, now.regression)
 
 
-def _logits_under(
-    model: nn.Module, place: Target, batch: Mapping[str, Any], attack: Attack, epsilon: float, seed: int
-) -> Tensor:
-    """The logits at the perturbation that the attack ends with."""
-    logits: list[Tensor] = []
-    scope = place.settle(attack.scope, "example")
+def under_attack(
+    model: nn.Module,
+    place: Target,
+    batch: Mapping[str, Any],
+    attack: Attack,
+    step: Step,
+    scope: str,
+    loss_of: LossOf | None = None,
+) -> tuple[Tensor, Any, Pass]:
+    """The last perturbed pass that the attack would train on.
 
-    def look_(request: Look | Train) -> Answer:
-        seen, gradient, loss = look(place, batch, request.delta, lambda: _loss(model, batch))
-        return Answer(gradient, seen.units(scope), loss)
+    Args:
+        model: the model, in whatever mode it shall be.
+        place: its target, attached.
+        batch: the model's inputs, and the column that a targeted attack reads.
+        attack: the attack.
+        step: its epsilon and seed.
+        scope: over which entries norms are taken.
+        loss_of: (model, inputs) -> (loss, outputs); None for the model's own loss.
+
+    Returns:
+        Loss, outputs, and what the pass met. No gradient is left anywhere.
+    """
+    loss_of = loss_of or model_loss
+    found: list[tuple[Tensor, Any, Pass]] = []
+    inputs = {name: value for name, value in batch.items() if name != attack.targeted}
+
+    def look_(request: Look | Glance) -> Answer:
+        outputs: Any = None
+        against = request.against if isinstance(request, Look) else ()
+        label = request.label if isinstance(request, Look) else None
+        labelled = inputs if label is None else relabelled(inputs, label, batch)
+
+        def objective_of() -> Tensor:
+            nonlocal outputs
+            loss, outputs = loss_of(model, labelled)
+            return (
+                divergence(logits_of(outputs), against, problem_of(model), inputs.get("attention_mask"))
+                if against
+                else loss
+            )
+
+        seen, gradient, loss = looked(place, inputs, request, objective_of, scope)
+        return answer_from(seen, gradient, loss, detached(logits_of(outputs)) if attack.reads_outputs else ())
 
     def train(request: Train, last: bool) -> Answer | None:
-        if not last:
-            return look_(request)
-        with place.record(request.delta, gradient=False) as seen:
-            logits.append(_logits(model, batch))
-            place.forward_ended(seen, batch)
-        return None
+        answer = None if last else look_(Look(request.delta))
+        if request.delta is not None:
+            delta = request.delta if answer is None else answer.delta
+            with place.record(delta, gradient=False, scope=scope) as seen, torch.no_grad():
+                found[:] = [(*loss_of(model, inputs), seen)]
+                place.forward_ended(seen, inputs)
+        return answer
 
-    run(replace(attack, weight=1.0, clean_weight=1.0), epsilon, seed, train, look_)
-    return logits[0]
+    plain = replace(attack, weight=1.0) if attack.clean_weight else replace(attack, weight=1.0, clean_weight=1.0)
+    run(plain, step, train, look_)
+    return found[0]
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """The model's own loss and its outputs. Raises ValueError where it returns no loss."""
     outputs = model(**batch)
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-    assert isinstance(loss, Tensor)
-    return loss
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(loss, Tensor) or loss.dim():
+        raise ValueError(f"{type(model).__name__} returned no loss for a batch of: {', '.join(batch)}. Has it labels?")
+    return loss, outputs
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    outputs = model(**batch)
+    return _checked(model(**batch), batch["labels"])
+
+
+def _checked(outputs: Any, labels: Tensor) -> Tensor:
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-    labels = batch["labels"]
     if not isinstance(logits, Tensor) or logits.dim() != 2 or labels.numel() != len(logits):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
@@ -227,6 +281,7 @@ def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack], dataset: A
     if not attacks:
         problems.append("there is no attack: pass at least one, such as FGM().")
     bad = [e for e in epsilons if not 0 <= e < float("inf")]
+    problems += [f"{a.name} perturbs {a.default_target}, not inputs." for a in attacks if a.default_target == "weights"]
     if bad or not epsilons:
         problems.append(f"epsilons must be finite numbers, 0 or more, at least one; found {epsilons!r}.")
     if not len(dataset):
@@ -270,13 +325,14 @@ def _rows(batch: Mapping[str, Any], chosen: Tensor, size: int) -> dict[str, Any]
     }
 
 
-def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch where the model is."""
     device = next(model.parameters()).device
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @contextmanager
-def _evaluating(model: nn.Module, place: Target) -> Iterator[None]:
+def evaluating(model: nn.Module, place: Target) -> Iterator[None]:
     """Eval mode and hooks, and every module's own mode and no hooks afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     attached = place.model is model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -14,17 +15,34 @@ class Schedule:
         start: no attack before it.
         warmup: epsilon rises linearly over it, from the first attacked step on: epsilon * (k + 1) / warmup.
         every: attack every k-th optimizer step, counted from `start`.
+        shape: in place of start and warm-up, the factor of epsilon by training progress: 0 at the first step, below 1
+            at the last.
     """
 
     start: float = 0.0
     warmup: float = 0.0
     every: int = 1
+    shape: Callable[[float], float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None and (self.start or self.warmup):
+            raise ValueError(
+                f"epsilon_schedule takes the place of adv_start ({self.start}) and adv_warmup ({self.warmup}): leave "
+                "them out, or let the function be 0 at the start."
+            )
 
     def factor(self, step: int, total: int) -> float:
         """What epsilon is multiplied by at optimizer step `step` (from 0) of `total`; 0 for no attack."""
         since = step - in_steps(self.start, total)
         if since < 0 or since % self.every:
             return 0.0
+        if self.shape is not None:
+            found = float(self.shape(step / total))
+            if not 0 <= found < math.inf:
+                raise ValueError(
+                    f"epsilon_schedule must give a finite number, 0 or more; at {step / total:g} it gave {found!r}."
+                )
+            return found
         rise = in_steps(self.warmup, total)
         return 1.0 if since >= rise else (since + 1) / rise
 

@@ -1,7 +1,7 @@
 """`AdversarialTrainer`: every pass of a step is a `super().training_step` of its own.
 
-A batch enters `training_step`; the attack asks for passes; the target carries the perturbation in and the gradient
-back. Nothing of `Trainer` is copied, and no weight is written.
+A batch enters `training_step`; `microbatch` runs the attack's passes; the target carries the perturbation in and the
+gradient back. Nothing of `Trainer` is copied, and no weight is written.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +20,24 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .arguments import AdversarialArguments, changed_attack_fields
-from .attacks import FGM, Answer, Attack, Look, Train, run
+from .attacks import FGM, Attack, Memory, Step
+from .clipping import valid_range
+from .driving import unit_of
+from .microbatch import MicroBatch
 from .monitoring import CollapseWatch, LogWindow
-from .passes import Pass
-from .raw import gradients_stay_local, scaled_as_the_engine_would
 from .refusals import refuse
 from .schedule import Schedule
-from .targets import EmbeddingOutput, Target, find_target, look
+from .target import Target
+from .targets import EmbeddingOutput, find_target
 
 if TYPE_CHECKING:
+    from .epsilon import EpsilonCurve
     from .robustness import RobustnessReport
 
 logger = logging.get_logger(__name__)
+
+# Beside the Trainer's own files of a checkpoint.
+STATE_FILE = "adversarial_state.pt"
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -46,13 +52,22 @@ class AdversarialTrainerMixin(_Base):
         attack: the attack, where `args` has no `adv_*` flags or leaves those of the attack at their defaults.
             Without one the flags describe it; with plain `TrainingArguments` it is `FGM(epsilon=1.0)`.
         target: what is perturbed, in place of `args.adv_target`.
+        epsilon_schedule: what epsilon is multiplied by, as a function of training progress from 0 to 1; 0 for no
+            attack. In place of `args.adv_start` and `args.adv_warmup`.
         *args, **kwargs: `Trainer`'s own.
 
     Raises:
         ValueError: `attack` and attack flags are both given.
     """
 
-    def __init__(self, *args: Any, attack: Attack | None = None, target: str | Target | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        attack: Attack | None = None,
+        target: str | Target | None = None,
+        epsilon_schedule: Callable[[float], float] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         flags = self.args if isinstance(self.args, AdversarialArguments) else None
         changed = changed_attack_fields(flags)
@@ -61,20 +76,34 @@ class AdversarialTrainerMixin(_Base):
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
                 "Leave one out."
             )
-        self._given_attack, self._given_target = attack, target
+        self._given_attack, self._given_target, self._given_schedule = attack, target, epsilon_schedule
         self._configure()
         self._place: Target | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a run starts with."""
         self._position = (-1, 0)
         self._checked_batch = False
         self._window = LogWindow()
         self._watch = CollapseWatch()
+        self._unit, self._unit_known = 1.0, False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._memory: Memory | None = None
+        self._saved_memory: dict[str, Any] | None = None
+        self._memory_due = True
 
     def _configure(self) -> None:
         """Reads the flags; again when training starts, since a hyperparameter search sets them one by one."""
         flags = self.args if isinstance(self.args, AdversarialArguments) else None
         self.attack: Attack = self._given_attack or (flags.make_attack() if flags else FGM(epsilon=1.0))
-        self.schedule: Schedule = flags.make_schedule() if flags else Schedule()
-        self._target: str | Target = self._given_target or (flags.adv_target if flags else "word_embeddings")
+        schedule = flags.make_schedule() if flags else Schedule()
+        self.schedule: Schedule = replace(schedule, shape=self._given_schedule) if self._given_schedule else schedule
+        asked = self._given_target or (flags.adv_target if flags else None)
+        self._target: str | Target = asked or self.attack.default_target
+        self._epsilon_unit = flags.adv_epsilon_unit if flags else "absolute"
         self._same_dropout = flags is not None and flags.adv_same_dropout
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -94,8 +123,7 @@ class AdversarialTrainerMixin(_Base):
             refuse(self)
         if self._given_attack is None and not isinstance(self.args, AdversarialArguments):
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
-        self._window, self._watch = LogWindow(), CollapseWatch()
-        self._checked_batch, self._position = False, (-1, 0)
+        self._begin()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -106,22 +134,39 @@ class AdversarialTrainerMixin(_Base):
         """One step on a micro-batch: as many passes as the attack asks for, each `super().training_step`.
 
         Returns:
-            The loss of the first training pass, as `Trainer` reports it: the clean loss wherever there is one.
+            The clean loss, as `Trainer` reports it; where there is none, that of the first training pass.
         """
+        given, inputs = inputs, self._for_model(inputs)
         stock = functools.partial(super().training_step, model, inputs, *args, **kwargs)
         if self.attack.epsilon == 0:
             return stock()
-        epsilon = self.attack.epsilon * self.schedule.factor(self.state.global_step, self.state.max_steps)
+        factor = self.schedule.factor(self.state.global_step, self.state.max_steps)
         place = self._attached(model)
-        if epsilon == 0 and self._checked_batch:
+        if factor == 0 and self._checked_batch:
             return stock()
+        attack = self.attack.in_units(self._unit)
+        scope = place.settle(attack.scope, attack.default_scope)
+        loss_arguments = _loss_arguments(args, kwargs)
+        batch = MicroBatch(self, attack, scope, place, model, inputs, given, stock, loss_arguments)
         try:
-            if epsilon == 0:
-                return self._check_batch(place, inputs, stock)
-            return self._adversarial_step(place, model, inputs, stock, epsilon, args, kwargs)
+            if factor == 0:
+                loss = batch.check()
+            else:
+                first = self._next_position() == 0
+                self._window.begin(first, self.args.device)
+                if first:
+                    self._settle_memory()
+                loss = batch.run(Step(factor * attack.epsilon, self._seed(), self._memory))
+                self._memory_due = True
+            self._checked_batch = True
+            return loss
         except BaseException:
             self._position = (-1, 0)
             raise
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.prediction_step`, without the column that only a targeted attack reads."""
+        return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log`; the lines of training get the attack's figures as well."""
@@ -150,133 +195,75 @@ class AdversarialTrainerMixin(_Base):
             raise ValueError("evaluate_robustness needs a data set: pass eval_dataset here or to the Trainer.")
         kwargs.setdefault("batch_size", self.args.eval_batch_size)
         kwargs.setdefault("collate_fn", self.data_collator)
-        kwargs.setdefault("target", self._target)
+        # A model that was trained on perturbed weights is evaluated on perturbed inputs.
+        kwargs.setdefault("target", None if self._target == "weights" else self._target)
+        kwargs.setdefault("epsilon_unit", self._epsilon_unit)
+        kwargs.setdefault("clip", self._valid_range())
         kwargs.setdefault("progress", not self.args.disable_tqdm)
         kwargs.setdefault("seed", self.args.seed)
-        model = self._inner(self.model_wrapped)
-        if self.place_model_on_device and next(model.parameters()).device != self.args.device:
-            # With full evaluation in half precision Trainer has not moved the model yet.
-            model.to(self.args.device)
-        return evaluate_robustness(model, _without_unused(self, dataset), **kwargs)
+        return evaluate_robustness(self._on_its_device(), _without_unused(self, dataset), **kwargs)
+
+    def find_epsilon(
+        self,
+        dataset: Any = None,
+        epsilons: Sequence[float] | None = None,
+        batches: int = 4,
+        plot: str | Path | None = None,
+    ) -> EpsilonCurve:
+        """Loss and accuracy over epsilon on a few batches of the training batch size, and a suggestion.
+
+        `epsilon.find_epsilon` with the Trainer's own parts: attack, target, unit, clipping, collator, `compute_loss`.
+        For a model that is trained already. All processes measure the same batches.
+
+        Args:
+            dataset: a data set; None for the Trainer's own to train on.
+            epsilons: the grid; None for 20 from a hundredth to a hundred times the method's default.
+            batches: how many, chosen by the Trainer's seed.
+            plot: where to write the picture; None to write none.
+
+        Raises:
+            ValueError: there is no data set, or what `epsilon.find_epsilon` refuses.
+        """
+        from .epsilon import choose_batches, find_epsilon
+
+        dataset = self.train_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ValueError("find_epsilon needs a data set: pass dataset here or train_dataset to the Trainer.")
+
+        def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+            with self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
+            return loss, outputs
+
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        curve = find_epsilon(
+            self._on_its_device(),
+            choose_batches(dataset, collate, self.args.train_batch_size, batches, self.args.seed),
+            self.attack,
+            epsilons,
+            target=self._target,
+            epsilon_unit=self._epsilon_unit,
+            clip=self._valid_range(),
+            loss_of=loss_of,
+            seed=self.args.seed,
+            progress=not self.args.disable_tqdm,
+        )
+        if plot is not None:
+            curve.plot(plot)
+        return curve
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, with a section that names the attack and its settings."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or self.attack.epsilon == 0:
             return
-        rows = self._resolved().settings() | {"target": str(self._target), **vars(self.schedule)}
+        place = self._place or EmbeddingOutput()
+        scope = place.settle(self.attack.scope, self.attack.default_scope)
+        rows = self.attack.settings() | {"scope": scope, "target": str(self._target)}
+        rows |= {"epsilon_unit": self._epsilon_unit, **vars(self.schedule)}
         lines = [f"| {name} | {value} |" for name, value in rows.items()]
         with open(os.path.join(str(self.args.output_dir), "README.md"), "a", encoding="utf-8") as card:
             card.write("\n".join(["\n## Adversarial training\n", "| setting | value |", "|---|---|", *lines, ""]))
-
-    # One step -----------------------------------------------------------------------------------------------------
-
-    def _adversarial_step(
-        self,
-        place: Target,
-        model: nn.Module,
-        inputs: Mapping[str, Any],
-        stock: Callable[[], Tensor],
-        epsilon: float,
-        args: Any,
-        kwargs: Any,
-    ) -> Tensor:
-        attack = self._resolved()
-        assert attack.scope is not None
-        random_state = _random_state(self.args.device) if self._same_dropout else None
-        losses: list[Tensor] = []
-        first = self._next_position() == 0
-
-        def train(request: Train, last: bool) -> Answer | None:
-            with ExitStack() as stack:
-                _restore(random_state)
-                if not last:
-                    stack.enter_context(gradients_stay_local(self.accelerator, model))
-                seen = stack.enter_context(place.record(request.delta, gradient=not last))
-                scale = stack.enter_context(self._compute_loss_seen(place, seen, inputs, request.weight))
-                loss = stock() / request.weight
-                self._check_forward(seen)
-            losses.append(loss)
-            if request.delta is not None:
-                # Only the perturbation that is trained on last is reported.
-                self._window.perturbed(loss, seen.row_norms() if last else None)
-            if last:
-                return None
-            gradient = seen.gradient([leaf.grad for leaf in seen.leaves])
-            return self._answer(seen, gradient / scale[0], loss, attack.scope or "")
-
-        def look_(request: Look) -> Answer:
-            _restore(random_state)
-            inner = self._inner(model)
-            prepared = self._prepare_inputs(dict(inputs))
-            inner.train()
-
-            def loss_of() -> Tensor:
-                with self.compute_loss_context_manager():
-                    loss: Any = self.compute_loss(inner, dict(prepared), **_loss_arguments(args, kwargs))
-                return loss  # type: ignore[no-any-return]
-
-            scaled = functools.partial(scaled_as_the_engine_would, self.accelerator)
-            seen, gradient, loss = look(place, inputs, request.delta, loss_of, scaled)
-            return self._answer(seen, gradient, loss, attack.scope or "")
-
-        self._window.begin(first, self.args.device)
-        run(attack, epsilon, self._seed(), train, look_)
-        self._checked_batch = True
-        return losses[0]
-
-    def _answer(self, seen: Pass, gradient: Tensor, loss: Tensor, scope: str) -> Answer:
-        units = seen.units(scope)
-        self._window.gradient(units.only_tokens(gradient))
-        return Answer(gradient, units, loss)
-
-    def _check_batch(self, place: Target, inputs: Mapping[str, Any], stock: Callable[[], Tensor]) -> Tensor:
-        """The first batch is checked even where the attack starts later."""
-        with place.record(gradient=True) as seen, self._compute_loss_seen(place, seen, inputs, 1.0):
-            loss = stock()
-            self._check_forward(seen)
-        seen.gradient([leaf.grad for leaf in seen.leaves])
-        seen.units(self._resolved().scope or "")
-        self._checked_batch = True
-        return loss
-
-    def _check_forward(self, seen: Pass) -> None:
-        if not seen.forward_done:
-            raise RuntimeError(
-                f"{type(self).__name__}.training_step does not call self.compute_loss, where the loss is weighted and "
-                "the perturbation checked. Let it call compute_loss, or use fgm_trainer.raw.Adversary in a loop."
-            )
-
-    @contextmanager
-    def _compute_loss_seen(
-        self, place: Target, seen: Pass, inputs: Mapping[str, Any], weight: float
-    ) -> Iterator[list[Tensor]]:
-        """Weights the loss, and yields a list that receives d(what backward starts from) / d(loss).
-
-        That factor holds whatever the engine multiplies in: accumulation, GradScaler, DeepSpeed's loss scale, the
-        weight. `compute_loss` is wrapped on the instance, so overrides above and below this class are all inside.
-        """
-        scale: list[Tensor] = []
-        compute_loss: Callable[..., Any] = self.compute_loss
-        own = vars(self).get("compute_loss")
-
-        @functools.wraps(compute_loss)
-        def weighted(*args: Any, **kwargs: Any) -> Any:
-            result = compute_loss(*args, **kwargs)
-            place.forward_ended(seen, inputs)
-            loss = result[0] if isinstance(result, tuple) else result
-            if loss.requires_grad:
-                loss.register_hook(scale.append)
-            loss = loss * weight
-            return (loss, *result[1:]) if isinstance(result, tuple) else loss
-
-        vars(self)["compute_loss"] = weighted
-        try:
-            yield scale
-        finally:
-            vars(self).pop("compute_loss")
-            if own is not None:
-                vars(self)["compute_loss"] = own
 
     # Preparation --------------------------------------------------------------------------------------------------
 
@@ -288,8 +275,72 @@ class AdversarialTrainerMixin(_Base):
                 self._place.detach()
             place = self._target if isinstance(self._target, Target) else find_target(self._target, inner)
             place.attach(inner, model)
+            place.clip = self._valid_range() or place.clip
             self._place = place
+        if not self._unit_known:
+            self._unit_known = True
+            self._unit = unit_of(self._epsilon_unit, inner)
+        if self._memory_due and self._memory is None:
+            self._memory = self.attack.in_units(self._unit).new_memory(self.args.seed)
+            if self._memory is not None and self._saved_memory is not None:
+                self._memory.load_state_dict(self._saved_memory)
+                self._memory_due = False
         return self._place
+
+    def _valid_range(self) -> tuple[Tensor, Tensor] | None:
+        clip = self.args.adv_clip if isinstance(self.args, AdversarialArguments) else None
+        return None if clip is None else valid_range(clip, getattr(self, "processing_class", None))
+
+    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        column = self._label_column()
+        return inputs if column is None else {name: value for name, value in inputs.items() if name != column}
+
+    def _label_column(self) -> str | None:
+        """The column of the data that only a targeted attack reads."""
+        label = self.attack.targeted
+        return label if isinstance(label, str) and label != "least_likely" else None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column = self._label_column()
+        kept: Any = self._signature_columns
+        if column is not None and kept is not None and column not in kept:
+            vars(self)["_signature_columns"] = [*kept, column]
+
+    def _micro_batches(self) -> int:
+        """How many micro-batches this optimizer step has."""
+        return getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+
+    # What the attack keeps ----------------------------------------------------------------------------------------
+
+    def _settle_memory(self) -> None:
+        if self._memory is not None and self._memory_due:
+            total = functools.partial(self.accelerator.reduce, reduction="sum")
+            self._memory.settle(self._inner(self.model_wrapped), total)
+        self._memory_due = False
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # With `auto_find_batch_size` a run starts anew after it has run out of memory.
+        self._forget()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._memory is None and self._unit == 1.0:
+            return
+        self._settle_memory()
+        if self.args.should_save:
+            memory = {} if self._memory is None else self._memory.state_dict()
+            torch.save({"epsilon_unit": self._unit, "memory": memory}, os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = None if checkpoint is None else os.path.join(checkpoint, STATE_FILE)
+        if path is None or not os.path.exists(path):
+            return
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._unit, self._unit_known = state["epsilon_unit"], True
+        self._saved_memory = state["memory"]
 
     def _inner(self, model: nn.Module) -> nn.Module:
         """The model inside the wrappers of the engine and of torch.compile, its autocast kept."""
@@ -298,10 +349,12 @@ class AdversarialTrainerMixin(_Base):
         assert isinstance(inner, nn.Module)
         return inner
 
-    def _resolved(self) -> Attack:
-        """The attack with its scope settled: asked for, else the method's default, else the target's."""
-        place = self._place or EmbeddingOutput()
-        return replace(self.attack, scope=place.settle(self.attack.scope, self.attack.default_scope))
+    def _on_its_device(self) -> nn.Module:
+        model = self._inner(self.model_wrapped)
+        if self.place_model_on_device and next(model.parameters()).device != self.args.device:
+            # With full evaluation in half precision Trainer has not moved the model yet.
+            model.to(self.args.device)
+        return model
 
     def _next_position(self) -> int:
         """The index of this micro-batch in its optimizer step, on this process."""
@@ -324,20 +377,6 @@ class AdversarialTrainer(AdversarialTrainerMixin, Trainer):
 
 class AdversarialSeq2SeqTrainer(AdversarialTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` with adversarial training; the encoder's input is attacked."""
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None, torch.device]:
-    own = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
-    return torch.get_rng_state(), own, device
-
-
-def _restore(state: tuple[Tensor, Tensor | None, torch.device] | None) -> None:
-    if state is None:
-        return
-    cpu, own, device = state
-    torch.set_rng_state(cpu)
-    if own is not None:
-        torch.get_device_module(device).set_rng_state(own, device)
 
 
 def _loss_arguments(args: Any, kwargs: Any) -> dict[str, Any]:

@@ -22,6 +22,20 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore:numpy.core is deprecated:DeprecationWarning")
 
 
+def pytest_sessionfinish(session):
+    # A worker of pytest-xdist hands its part over; keys have to be strings on the way.
+    if hasattr(session.config, "workeroutput"):
+        found = session.config.stash.get(DIFFERENCES, {})
+        session.config.workeroutput["differences"] = [[*place, value] for place, value in found.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    found = node.config.stash.setdefault(DIFFERENCES, {})
+    for engine, scope, attack, value in getattr(node, "workeroutput", {}).get("differences", []):
+        found[engine, scope, attack] = value
+
+
 def pytest_terminal_summary(terminalreporter, config):
     """The table of docs/scaling.md."""
     found = config.stash.get(DIFFERENCES, {})

@@ -138,6 +138,7 @@ def train_in_a_loop(engine, case, path, model_path):
     accumulation = case.pop("gradient_accumulation_steps", 1)
     batch_size = case.pop("per_device_train_batch_size")
     settings = {k.removeprefix("adv_"): v for k, v in case.items()}
+    settings |= settings.pop("kwargs", {})
     plugin = {}
     if engine == "zero3-loop":
         config = SETTINGS[engine]["deepspeed"] | {
@@ -159,7 +160,7 @@ def train_in_a_loop(engine, case, path, model_path):
         optimizer, loader = accelerator.prepare(optimizer, loader)
     else:
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    attack = attack_class(settings.pop("method"))(epsilon=1.0, **settings)
+    attack = attack_class(settings.pop("method"))(**settings)
     adversary = Adversary(model, attack, accelerator=accelerator)
     for _, batch in zip(range(STEPS * accumulation), loader, strict=False):
         with accelerator.accumulate(model):

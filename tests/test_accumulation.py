@@ -94,9 +94,9 @@ def test_noise_differs_from_micro_batch_to_micro_batch():
     seen = []
 
     class Spy(Noise):
-        def passes(self, epsilon, seed):
-            seen.append(seed)
-            return super().passes(epsilon, seed)
+        def passes(self, step):
+            seen.append(step.seed)
+            return super().passes(step)
 
     model = tiny("bert")
     trainer_flags = {"extra": {"attack": Spy(epsilon=1.0, scope="example")}}

@@ -8,17 +8,26 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import pytest
 import torch
 
-from fgm_trainer import FGM, PGD, Attack, Noise, register
-from fgm_trainer.attacks import ATTACKS, Answer, Look, Train, attack_class, own_settings, run
-from fgm_trainer.geometry import NORMS, SCOPES, Units, length, shared_entries
+from fgm_trainer import ALUM, AWP, FGM, FGSM, PGD, R3F, SMART, VAT, Attack, FreeLB, Noise, TokenAware, register
+from fgm_trainer.attacks import ATTACKS, Answer, Glance, Look, Step, Train, attack_class, own_settings, run
+from fgm_trainer.geometry import NORMS, SCOPES, Segments, Units, length, shared_entries
+from fgm_trainer.objective import Against, divergence
+from fgm_trainer.passes import Met
 
-EVERY = list(itertools.product(sorted(ATTACKS), NORMS, SCOPES))
-BUILT_IN = {"fgm": FGM, "noise": Noise, "pgd": PGD}
+# awp perturbs weights: it has its own tests, and takes its place wherever a model is trained.
+INPUT_ATTACKS = sorted(name for name in ATTACKS if ATTACKS[name].default_target != "weights")
+EVERY = list(itertools.product(INPUT_ATTACKS, NORMS, SCOPES))
+# Noise that is not aimed.
+UNAIMED = {"noise", "r3f"}
+# What a bad gradient leaves of these is the noise that they started from.
+STARTS_AT_NOISE = {"freelb", "token_aware", "smart", "alum"}
+BUILT_IN = {kind.name: kind for kind in (ALUM, AWP, FGM, FGSM, PGD, R3F, SMART, VAT, FreeLB, Noise, TokenAware)}
 
 
 def test_something_was_collected():
+    assert len(BUILT_IN) == 11
     assert BUILT_IN.items() <= ATTACKS.items()
-    assert len(EVERY) == len(ATTACKS) * 4 * 3 >= 36
+    assert len(EVERY) == len(INPUT_ATTACKS) * 4 * 3 >= 120
 
 
 class Bench:
@@ -33,39 +42,82 @@ class Bench:
         entries = shared_entries(self.ids, self.tokens, 9) if scope == "vocabulary" else None
         self.units = Units(scope, self.tokens, entries)
         self.spoil = spoil
-        self.requests, self.lasts, self.losses = [], [], []
+        self.requests, self.deltas, self.lasts, self.losses = [], [], [], []
 
     def loss(self, delta):
         return (torch.sin(self.embeddings + delta) * self.direction).sum()
 
+    def outputs(self, delta):
+        """Logits of two classes for each row."""
+        moved = torch.sin(self.embeddings + delta) * self.direction * self.tokens[:, :, None]
+        return moved.sum(dim=1)[:, :2]
+
+    def drawn(self, request):
+        """The perturbation of a request, whether given or to be drawn."""
+        if request.delta is None:
+            return torch.zeros_like(self.embeddings)
+        if isinstance(request.delta, torch.Tensor):
+            return request.delta.double()
+        return request.delta(Met(self.embeddings, self.units, self.ids, 9, 0)).double()
+
     def answer(self, request):
-        delta = torch.zeros_like(self.embeddings) if request.delta is None else request.delta.double()
-        delta = delta.clone().requires_grad_()
-        loss = self.loss(delta)
+        delta = self.drawn(request).clone().requires_grad_()
+        outputs = self.outputs(delta)
+        measured = getattr(request, "against", ())
+        loss = divergence((outputs,), measured, None, None) if measured else self.loss(delta)
         gradient = torch.autograd.grad(loss, delta)[0]
-        if self.spoil is not None:
+        if isinstance(request, Glance):
+            gradient = torch.zeros_like(gradient)
+        elif self.spoil is not None:
             gradient[0, 0, 0] = self.spoil
         self.losses.append(loss.item())
-        return Answer(gradient, self.units, loss.detach())
+        return Answer(gradient, self.units, loss.detach(), delta.detach(), (outputs.detach(),), self.ids)
 
     def look(self, request):
-        assert isinstance(request, Look)
+        assert isinstance(request, Look | Glance)
         self.requests.append(request)
+        self.deltas.append(self.drawn(request))
         return self.answer(request)
 
     def train(self, request, last):
         assert isinstance(request, Train)
         self.requests.append(request)
+        self.deltas.append(self.drawn(request))
         self.lasts.append(last)
         return None if last else self.answer(request)
 
     def run(self, attack, epsilon=None, seed=0):
-        run(attack, attack.epsilon if epsilon is None else epsilon, seed, self.train, self.look)
+        run(attack, Step(attack.epsilon if epsilon is None else epsilon, seed), self.train, self.look)
         return self.requests
+
+    def moved(self):
+        """The perturbations of the perturbed passes."""
+        return [d for r, d in zip(self.requests, self.deltas, strict=True) if r.delta is not None]
+
+
+class WeightBench(Bench):
+    """A flat vector of two parts in place of weights."""
+
+    def __init__(self):
+        super().__init__("example")
+        self.embeddings, self.direction = self.embeddings.flatten(), self.direction.flatten()
+        self.units = Segments(sizes=(20, 40), lengths=torch.stack([v.norm() for v in self.embeddings.split((20, 40))]))
+
+    def outputs(self, delta):
+        return None
+
+    def answer(self, request):
+        delta = self.drawn(request).clone().requires_grad_()
+        loss = self.loss(delta)
+        return Answer(torch.autograd.grad(loss, delta)[0], self.units, loss.detach(), delta.detach())
+
+
+# Those whose published step is far below the epsilon of these tests.
+STEPS = {"smart": {"step_size": 0.1, "sigma": 0.01}, "alum": {"step_size": 10.0, "sigma": 0.01}}
 
 
 def make(name, norm, scope, epsilon=0.1):
-    return ATTACKS[name](epsilon=epsilon, norm=norm, scope=scope)
+    return ATTACKS[name](epsilon=epsilon, norm=norm, scope=scope, **STEPS.get(name, {}))
 
 
 @pytest.mark.parametrize(("name", "norm", "scope"), EVERY)
@@ -73,18 +125,18 @@ def test_conformance(name, norm, scope):
     attack = make(name, norm, scope)
     bench = Bench(scope)
     random_state = torch.get_rng_state()
-    requests = bench.run(attack)
+    bench.run(attack)
     assert torch.equal(torch.get_rng_state(), random_state), "an attack draws from its own seed"
     assert bench.lasts[-1]
     assert not any(bench.lasts[:-1])
-    moved = [request.delta for request in requests if request.delta is not None]
+    moved = bench.moved()
     assert moved, "nothing was perturbed"
     for delta in moved:
         assert delta.shape == bench.embeddings.shape
         assert torch.isfinite(delta).all()
         assert not delta[~bench.tokens].any()
         if norm != "none":
-            assert (length(delta, norm, bench.units) <= attack.epsilon * (1 + 1e-6)).all()
+            assert (length(delta, norm, bench.units) <= attack.reach(attack.epsilon) * (1 + 1e-6)).all()
         if scope == "vocabulary":
             for one, other in itertools.combinations(bench.tokens.nonzero().tolist(), 2):
                 if bench.ids[tuple(one)] == bench.ids[tuple(other)]:
@@ -94,19 +146,20 @@ def test_conformance(name, norm, scope):
 
 @pytest.mark.parametrize(("name", "norm", "scope"), EVERY)
 def test_same_seed_same_perturbation(name, norm, scope):
-    first, again = (Bench(scope).run(make(name, norm, scope), seed=5) for _ in range(2))
-    for one, other in zip(first, again, strict=True):
-        assert (one.delta is None and other.delta is None) or torch.equal(one.delta, other.delta)
+    first, again = Bench(scope), Bench(scope)
+    for bench in (first, again):
+        bench.run(make(name, norm, scope), seed=5)
+    assert all(map(torch.equal, first.deltas, again.deltas))
 
 
 @pytest.mark.parametrize(("name", "norm", "scope"), EVERY)
 def test_the_scheduled_epsilon_counts(name, norm, scope):
     """`passes` gets this step's epsilon; the attack's own must not be used in its place."""
     attack = make(name, norm, scope, epsilon=3.0)
-    lowered = [r.delta for r in Bench(scope).run(attack, epsilon=0.1)]
-    plain = [r.delta for r in Bench(scope).run(replace(attack, epsilon=0.1))]
-    for one, other in zip(lowered, plain, strict=True):
-        assert (one is None and other is None) or torch.equal(one, other)
+    lowered, plain = Bench(scope), Bench(scope)
+    lowered.run(attack, epsilon=0.1)
+    plain.run(replace(attack, epsilon=0.1))
+    assert all(map(torch.equal, lowered.deltas, plain.deltas))
 
 
 @pytest.mark.parametrize("spoil", [float("inf"), float("nan")])
@@ -114,9 +167,9 @@ def test_the_scheduled_epsilon_counts(name, norm, scope):
 def test_a_gradient_that_is_not_finite(name, norm, scope, spoil):
     bench = Bench(scope, spoil=spoil)
     bench.run(make(name, norm, scope))
-    assert all(torch.isfinite(r.delta).all() for r in bench.requests if r.delta is not None)
-    last = bench.requests[-1].delta
-    if name != "noise":
+    assert all(torch.isfinite(delta).all() for delta in bench.deltas)
+    last = bench.moved()[-1]
+    if name not in UNAIMED | STARTS_AT_NOISE:
         # Its own unit gets nothing; the others do.
         hit = {"token": last[0, 0], "example": last[0], "vocabulary": last}[scope]
         assert not hit.any()
@@ -124,14 +177,26 @@ def test_a_gradient_that_is_not_finite(name, norm, scope, spoil):
 
 
 @pytest.mark.parametrize("norm", [norm for norm in NORMS if norm != "none"])
-@pytest.mark.parametrize("name", [name for name in sorted(ATTACKS) if name != "noise"])
-def test_an_attack_raises_the_loss(name, norm):
-    bench = Bench("example")
+@pytest.mark.parametrize("name", [name for name in INPUT_ATTACKS if name not in UNAIMED])
+def test_an_attack_raises_what_it_measures(name, norm):
+    """The loss, or how far the outputs move; by more than noise of the same length does."""
+    bench, control = Bench("example"), Bench("example")
     attack = make(name, norm, "example")
-    clean, attacked = bench.loss(0), bench.loss(bench.run(attack)[-1].delta)
-    assert attacked > clean
-    noise = Bench("example").run(make("noise", norm, "example"))[-1].delta
-    assert attacked > bench.loss(noise)
+    bench.run(attack)
+    control.run(make("noise", norm, "example"))
+    clean = bench.outputs(0).detach()
+
+    def measured(delta):
+        return (
+            divergence((bench.outputs(delta),), [Against((clean,))], None, None)
+            if attack.compares
+            else bench.loss(delta)
+        )
+
+    # The last of FreeLB's path is one step from noise.
+    attacked = measured(bench.moved()[-1])
+    assert attacked > measured(0)
+    assert attacked > measured(control.moved()[-1])
 
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
@@ -151,15 +216,17 @@ def test_card(name):
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_cost_is_what_the_card_says(name):
-    attack = ATTACKS[name](scope="example")
-    requests = Bench("example").run(attack)
+    attack = ATTACKS[name]() if name == "awp" else ATTACKS[name](scope="example")
+    requests = (WeightBench() if name == "awp" else Bench("example")).run(attack)
     trains = sum(isinstance(r, Train) for r in requests)
-    looks = len(requests) - trains
+    glances = sum(isinstance(r, Glance) for r in requests)
+    looks = len(requests) - trains - glances
     cost = re.search(r"^Cost: (.*?)\n\n", inspect.getdoc(attack), re.MULTILINE | re.DOTALL).group(1)
     said = re.match(r"(\d+) full pass", cost)
     assert said, f"{name}: the cost starts with the number of full passes; it is {cost!r}"
     assert int(said.group(1)) == trains
     assert ("without weight gradients" in cost) == (looks > 0)
+    assert ("forward pass" in cost) == (glances > 0)
     assert attack.looks == (looks > 0), "`looks` says whether the attack asks for `Look`"
 
 
@@ -200,11 +267,11 @@ ENDED = []
 class Closing(FGM):
     """FGM that tells when its coroutine has ended."""
 
-    def passes(self, epsilon, seed):
+    def passes(self, step):
         try:
             answer = yield Train()
-            answer = yield Look(self.step(answer, epsilon))
-            return Train(self.step(answer, epsilon))
+            answer = yield Look(self.step(answer, step.epsilon))
+            return Train(self.step(answer, step.epsilon))
         finally:
             ENDED.append(True)
 
@@ -226,7 +293,7 @@ def test_the_driver_closes_the_coroutine(fail, error):
         return bench.look(request)
 
     with pytest.raises(error, match="injected") as caught:
-        run(Closing(scope="example"), 1.0, 0, train, look)
+        run(Closing(scope="example"), Step(1.0), train, look)
     # Closed by the driver, not by the garbage collector: the frames are alive in `caught`.
     assert ENDED == [True]
     assert caught.value.__context__ is None
@@ -234,7 +301,7 @@ def test_the_driver_closes_the_coroutine(fail, error):
 
 def test_an_error_inside_an_attack_is_raised_as_it_is():
     class Broken(FGM):
-        def passes(self, epsilon, seed):
+        def passes(self, step):
             yield Train()
             raise ZeroDivisionError("inside")
 

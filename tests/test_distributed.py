@@ -20,20 +20,39 @@ from fgm_trainer.attacks import ATTACKS
 
 HERE = Path(__file__).parent
 SMALL = {"per_device_train_batch_size": 2}
+# What makes the perturbation of a method visible in weights that move by 1e-2.
+VISIBLE = {
+    "alum": {"adv_epsilon": 0.5, "adv_step_size": 100.0, "adv_kwargs": {"sigma": 0.1}},
+    "awp": {"adv_epsilon": 0.05},
+    "fgsm": {"adv_epsilon": 0.1},
+    "r3f": {"adv_epsilon": 0.5},
+    "smart": {"adv_epsilon": 0.5, "adv_step_size": 0.5, "adv_kwargs": {"sigma": 0.1}},
+}
+WHOLE = {"awp"}  # its weights have to be whole
 GRID = [
-    SMALL | {"adv_method": method, "adv_scope": scope, "gradient_accumulation_steps": accumulation}
-    for method in sorted(ATTACKS)
-    for scope in ("vocabulary", "example")
-    for accumulation in (1, 2)
+    SMALL | {"adv_method": m, "adv_epsilon": 1.0, "gradient_accumulation_steps": n} | scope | VISIBLE.get(m, {})
+    for m in sorted(ATTACKS)
+    for scope in ([{}] if m in WHOLE else [{"adv_scope": "vocabulary"}, {"adv_scope": "example"}])
+    for n in (1, 2)
 ]
-# Half of the grid has every attack in both scopes, and with and without accumulation.
-COVER = [case | {"measure": case["adv_method"] != "noise"} for i, case in enumerate(GRID) if i % 4 in (0, 3)]
-REST = [case for i, case in enumerate(GRID) if i % 4 in (1, 2)]
+# Of FGM and PGD half of the grid, both scopes, with and without accumulation; of the others a quarter, in turn.
+PLAIN = ("fgm", "pgd")
+TURN = {m: n % 4 for n, m in enumerate(sorted(ATTACKS))}
+OWN = {m: [case for case in GRID if case["adv_method"] == m] for m in sorted(ATTACKS)}
+COVER = [
+    case | {"measure": m in PLAIN}
+    for m, own in OWN.items()
+    for i, case in enumerate(own)
+    if (i in (0, 3) if m in PLAIN else i == TURN[m] % len(own))
+]
+REST = [case for case in GRID if case not in [{k: v for k, v in c.items() if k != "measure"} for c in COVER]]
 STOCK = SMALL | {"stock": True, "measure": True}
 CLIPPED = SMALL | {"max_grad_norm": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 2}
 HALF = SMALL | {"bf16": True}
-# Noise is drawn by micro-batch.
-DRAWS = {"noise"}
+# What they draw is drawn by micro-batch.
+DRAWS = {"alum", "freelb", "noise", "r3f", "smart", "token_aware", "vat"}
+# The training passes of a micro-batch, where they are not two.
+TRAINS = {"freelb": 3}
 # In these a pass that is not the step's last leaves its gradients on the process.
 REDUCE_ONCE = {"ddp", "ddp-loop", "zero1"}
 
@@ -101,7 +120,12 @@ def group(engine, part):
     require(engine, NEEDS.get(engine, {}), "deepspeed" if engine.startswith("zero") else "torch")
     cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF]
     with tempfile.TemporaryDirectory() as out:
+        cases = [case for case in cases if engine.startswith("ddp") or case.get("adv_method") not in WHOLE]
         return list(zip(cases, launch(engine, cases, Path(out)), strict=True))
+
+
+def training_passes(case):
+    return TRAINS.get(case["adv_method"], 2) * case["gradient_accumulation_steps"]
 
 
 def attacked(engine, part="cover"):
@@ -132,7 +156,7 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
     for case, ranks in attacked(engine, part):
         one = accumulating(engine, case)
         found = largest_difference(ranks[0]["weights"], one["weights"])
-        place = engine, case["adv_scope"], case["adv_method"]
+        place = engine, case.get("adv_scope", "tensor"), case["adv_method"]
         differences[place] = max(found, differences.get(place, 0.0))
         assert agree(ranks[0], one), case
         assert moved(one) > 1e-3, "the run is too short to tell"
@@ -148,7 +172,7 @@ def test_ranks_agree_bit_for_bit(engine, part):
 @pytest.mark.parametrize(("engine", "part"), PARTS)
 def test_scope_example_depends_on_no_split_at_all(engine, part):
     for case, ranks in attacked(engine, part):
-        if case["adv_scope"] == "example" and case["adv_method"] not in DRAWS:
+        if case.get("adv_scope") == "example" and case["adv_method"] not in DRAWS:
             rows = 2 * PROCESSES.get(engine, 2) * case["gradient_accumulation_steps"]
             undivided = {**case, "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1}
             whole = on_one_process("loop" if engine in LOOPS else "trainer", json.dumps(undivided))
@@ -176,7 +200,7 @@ def test_traffic(engine):
     stock = ranks_of(engine, STOCK)[0]["moved"]
     for case, ranks in attacked(engine):
         if case["measure"]:
-            passes = 1 if engine in REDUCE_ONCE else 2 * case["gradient_accumulation_steps"]
+            passes = 1 if engine in REDUCE_ONCE else training_passes(case)
             # gloo counts the sum that is scattered as well, over twice the weights of a replica's: it is summed once.
             saved = (passes - 1) * stock["all_reduce"] / 3 if engine == "hsdp" else 0
             # The figures of a log line are a few numbers.
@@ -207,6 +231,6 @@ def test_bf16(engine):
 @pytest.mark.parametrize("engine", DEEPSPEED)
 def test_deepspeed_steps_once_and_clears_gradients_after_steps_alone(engine):
     for case, ranks in attacked(engine):
-        passes = 2 * case["gradient_accumulation_steps"]
+        passes = training_passes(case)
         for rank in ranks:
             assert re.fullmatch(rf"(b{{{passes}}}sz+){{{STEPS}}}", rank["events"]), (case, rank["events"])

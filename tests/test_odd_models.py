@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from fgm_trainer import FGM, AdversarialTrainer, AdversarialTrainerMixin
+from fgm_trainer.microbatch import MicroBatch
 from fgm_trainer.schedule import in_steps
 from fgm_trainer.targets import EmbeddingOutput
 
@@ -54,7 +55,7 @@ class TwoTowers(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.encoder.classifier(one * other), labels)}
 
 
-def test_every_tower_keeps_its_own_mask(tmp_path):
+def test_every_tower_keeps_its_own_mask(tmp_path, monkeypatch):
     data = []
     for first, second in zip(examples(8), examples(8)[::-1], strict=True):
         data.append({**first, "input_ids_2": second["input_ids"].flip(0), "attention_mask_2": second["attention_mask"]})
@@ -63,14 +64,14 @@ def test_every_tower_keeps_its_own_mask(tmp_path):
     trainer.train()
     args.adv_scope = "token"
     kept = []
-    step = trainer._adversarial_step
+    run_passes = MicroBatch.run
 
-    def watched(place, *rest):
+    def watched(batch, step):
         if not kept:
             kept.extend([moved(trainer)])
-        return step(place, *rest)
+        return run_passes(batch, step)
 
-    trainer._adversarial_step = watched
+    monkeypatch.setattr(MicroBatch, "run", watched)
     trainer.train()
     assert len(kept[0]) == 4
     for delta, mask in kept[0]:
@@ -151,7 +152,7 @@ def test_a_teacher_without_gradient_inside_compute_loss(tmp_path):
     assert trainer.state.log_history[0]["adv_delta_norm"] > 0
 
 
-def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path):
+def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path, monkeypatch):
     class RDrop(AdversarialTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             return super().compute_loss(model, {k: torch.cat([v, v]) for k, v in inputs.items()}, return_outputs)
@@ -162,13 +163,13 @@ def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path):
     args = flags(tmp_path, adv_scope="token", max_steps=1)
     trainer = RDrop(model=model, args=args, train_dataset=data)
     kept = []
-    step = trainer._adversarial_step
+    run_passes = MicroBatch.run
 
-    def watched(place, *rest):
+    def watched(batch, step):
         kept.append(moved(trainer))
-        return step(place, *rest)
+        return run_passes(batch, step)
 
-    trainer._adversarial_step = watched
+    monkeypatch.setattr(MicroBatch, "run", watched)
     trainer.train()
     delta, mask = kept[0][0]
     assert len(delta) == 8

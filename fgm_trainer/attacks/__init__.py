@@ -3,25 +3,61 @@
 import importlib
 import pkgutil
 
-from .base import ATTACKS, Answer, Attack, Look, Passes, Request, Train, attack_class, own_settings, register, run
+from .base import (
+    ATTACKS,
+    Answer,
+    Attack,
+    Glance,
+    Iterated,
+    Look,
+    Memory,
+    Passes,
+    Request,
+    Step,
+    Train,
+    attack_class,
+    own_settings,
+    register,
+    run,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+from .alum import ALUM  # noqa: E402
+from .awp import AWP  # noqa: E402
 from .fgm import FGM  # noqa: E402
+from .fgsm import FGSM  # noqa: E402
+from .freelb import FreeLB  # noqa: E402
 from .noise import Noise  # noqa: E402
 from .pgd import PGD  # noqa: E402
+from .r3f import R3F  # noqa: E402
+from .smart import SMART  # noqa: E402
+from .token_aware import TokenAware  # noqa: E402
+from .vat import VAT  # noqa: E402
 
 __all__ = [
+    "ALUM",
     "ATTACKS",
+    "AWP",
     "FGM",
+    "FGSM",
     "PGD",
+    "R3F",
+    "SMART",
+    "VAT",
     "Answer",
     "Attack",
+    "FreeLB",
+    "Glance",
+    "Iterated",
     "Look",
+    "Memory",
     "Noise",
     "Passes",
     "Request",
+    "Step",
+    "TokenAware",
     "Train",
     "attack_class",
     "own_settings",

@@ -8,32 +8,66 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import geometry
 from ..geometry import NORMS, SCOPES, Units
+from ..objective import Against, Outputs
+from ..passes import Draw
 
 
 @dataclass(frozen=True)
 class Train:
-    """A full pass at this perturbation (None: the clean inputs) whose weight gradients add up."""
+    """A full pass at this perturbation (None: the clean inputs) whose weight gradients add up.
 
-    delta: Tensor | None = None
+    Args:
+        delta: the perturbation, or what draws it once the shape is known.
+        weight: factor of the task's loss; 0 for a pass that is measured by divergences alone.
+        against: divergences from earlier outputs that are added to the loss.
+        masks: passes of a step that have the same name draw the same dropout masks.
+    """
+
+    delta: Tensor | Draw | None = None
     weight: float = 1.0
+    against: tuple[Against, ...] = ()
+    masks: str = ""
 
 
 @dataclass(frozen=True)
 class Look:
-    """A pass for the gradient with respect to the perturbation alone: no weight gradients, a third cheaper."""
+    """A pass for the gradient with respect to the perturbation alone: no weight gradients, a third cheaper.
 
-    delta: Tensor | None = None
+    Args:
+        delta, masks: as for `Train`.
+        against: where given, the gradient is that of these divergences and not of the task's loss.
+        label: where given, the gradient is that of the loss with this label in place of the true one.
+    """
+
+    delta: Tensor | Draw | None = None
+    against: tuple[Against, ...] = ()
+    masks: str = ""
+    label: Tensor | int | str | None = None
 
 
-Request = Train | Look
+@dataclass(frozen=True)
+class Glance:
+    """A forward pass for its outputs alone: no gradient.
+
+    Args:
+        delta, masks: as for `Train`.
+        weights: by name, what to use in place of the model's weights.
+    """
+
+    delta: Tensor | Draw | None = None
+    masks: str = ""
+    weights: Mapping[str, Tensor] | None = None
+
+
+Request = Train | Look | Glance
 
 
 @dataclass(frozen=True)
@@ -41,17 +75,51 @@ class Answer:
     """What a pass gives back.
 
     Args:
-        gradient: dL/d(delta) of this micro-batch alone, (rows, positions, dimension).
+        gradient: d(loss)/d(delta) of this micro-batch alone, (rows, positions, dimension); zero after a `Glance`.
         units: the units over which norms are taken.
-        loss: the loss of the pass, unweighted, detached.
+        loss: the loss of the pass, or its divergence where it had no loss; unweighted, detached.
+        delta: the perturbation as it was applied: drawn, clipped.
+        outputs: the model's logits, detached, for attacks that compare outputs.
+        ids: the token ids, (rows, positions), where the target is a lookup.
     """
 
     gradient: Tensor
     units: Units
     loss: Tensor
+    delta: Tensor
+    outputs: Outputs = ()
+    ids: Tensor | None = None
 
 
 Passes = Generator[Request, Answer, Train]
+
+
+class Memory(Protocol):
+    """What an attack keeps between optimizer steps: the same on all processes, saved with a checkpoint."""
+
+    def settle(self, model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
+        """Between two optimizer steps, and before the first; `total` sums a tensor over all processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is saved."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What was saved."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is told.
+
+    Args:
+        epsilon: this step's epsilon, which a schedule may have lowered.
+        seed: of whatever is random in this step.
+        memory: what `Attack.new_memory` made at the start of the run.
+    """
+
+    epsilon: float
+    seed: int = 0
+    memory: Any = None
 
 
 class Trains(Protocol):
@@ -71,6 +139,8 @@ class Attack:
         norm: one of `geometry.NORMS`.
         weight: factor of the adversarial loss.
         clean_weight: factor of the clean loss; 0 trains on adversarial examples alone.
+        targeted: a label to move towards in place of moving away from the true one: a class, `least_likely` (by the
+            first pass of the step), or the name of a column of the data that holds it.
     """
 
     epsilon: float = 1.0
@@ -78,10 +148,17 @@ class Attack:
     norm: str = "l2"
     weight: float = 1.0
     clean_weight: float = 1.0
+    targeted: int | str | None = None
 
     name: ClassVar[str] = ""
+    # What a method is by itself: its target and scope where none is asked for; whether it asks for `Look` or `Glance`;
+    # whether it compares outputs; whether its direction depends on labels; which settings are lengths.
+    default_target: ClassVar[str] = "word_embeddings"
     default_scope: ClassVar[str] = "vocabulary"
     looks: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    labelled: ClassVar[bool] = True
+    lengths: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -93,7 +170,7 @@ class Attack:
         found = [
             f"{name} must be a finite number, 0 or more; found {value!r}."
             for name, value in (("epsilon", self.epsilon), ("weight", self.weight), ("clean_weight", self.clean_weight))
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0)
+            if not (_is_number(value) and value >= 0)
         ]
         if self.weight == 0:
             found.append("weight must be above 0, or the adversarial pass trains nothing; epsilon=0 turns it off.")
@@ -101,16 +178,45 @@ class Attack:
             found.append(f"scope must be one of {', '.join(SCOPES)}; found {self.scope!r}.")
         if self.norm not in NORMS:
             found.append(f"norm must be one of {', '.join(NORMS)}; found {self.norm!r}.")
+        if self.compares and self.clean_weight == 0:
+            found.append("clean_weight must be above 0: this method has no other pass that learns from labels.")
+        if self.targeted is not None and not self.labelled:
+            found.append("targeted must be left out: this method's direction does not depend on labels.")
+        if isinstance(self.targeted, bool) or (isinstance(self.targeted, int) and self.targeted < 0):
+            found.append(f"targeted must be a class (0 or more), 'least_likely' or a column; found {self.targeted!r}.")
+        for name in self.lengths:
+            value = getattr(self, name)
+            known = name in ("epsilon", "step_size") or value is None
+            if not known and not (_is_number(value) and value >= 0):
+                found.append(f"{name} must be a finite number, 0 or more; found {value!r}.")
         return found
 
-    def passes(self, epsilon: float, seed: int) -> Passes:
-        """The passes of one step.
-
-        Args:
-            epsilon: this step's epsilon, which a schedule may have lowered.
-            seed: the seed of whatever is random in this step.
-        """
+    def passes(self, step: Step) -> Passes:
+        """The passes of one step."""
         raise NotImplementedError
+
+    @property
+    def reads_outputs(self) -> bool:
+        """Whether an `Answer` must hold the model's outputs."""
+        return self.compares or self.targeted == "least_likely"
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether weights must not be spread over processes."""
+        return self.default_target == "weights"
+
+    def new_memory(self, seed: int) -> Memory | None:
+        """What the attack keeps between the optimizer steps of a run; None for nothing."""
+        return None
+
+    def reach(self, epsilon: float) -> float:
+        """The largest length that a perturbation may have, in the attack's norm."""
+        return epsilon
+
+    def in_units(self, unit: float) -> Attack:
+        """The same attack, its lengths multiplied by `unit`."""
+        given = {name: getattr(self, name) for name in self.lengths}
+        return replace(self, **{name: value * unit for name, value in given.items() if value is not None})
 
     def step(self, answer: Answer, size: float) -> Tensor:
         """The perturbation of length `size` along the gradient (`geometry.ascent`)."""
@@ -121,20 +227,50 @@ class Attack:
         return {"method": self.name or type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def run(attack: Attack, epsilon: float, seed: int, train: Trains, look: Callable[[Look], Answer]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Iterated(Attack):
+    """An attack of several ascent steps.
+
+    Args:
+        steps: how many.
+        step_size: the length of one step; None for the method's own rule.
+    """
+
+    steps: int = 3
+    step_size: float | None = None
+    lengths: ClassVar[tuple[str, ...]] = ("epsilon", "step_size")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not isinstance(self.steps, int) or self.steps < 1:
+            found.append(f"steps must be a whole number, 1 or more; found {self.steps!r}.")
+        if self.step_size is not None and not 0 < self.step_size < math.inf:
+            found.append(f"step_size must be a finite number above 0; found {self.step_size!r}.")
+        return found
+
+
+def run(attack: Attack, step: Step, train: Trains, look: Callable[[Look | Glance], Answer]) -> None:
     """Runs the passes of one step.
 
     `train(request, last)` and `look(request)` do the work; the attack's weights are multiplied in here, and a training
-    pass of weight 0 becomes a `Look`, which costs less. `last` is true for the pass after which gradients are complete.
+    pass that is measured by nothing becomes a `Look`, which costs less. `last` is true for the pass after which
+    gradients are complete. Where the attack is targeted, every gradient that it is sent leads towards the label.
     """
-    passes = attack.passes(epsilon, seed)
+
+    def ask(request: Request) -> Answer:
+        if not isinstance(request, Train):
+            return look(request)
+        answer = train(request, False)
+        assert answer is not None
+        return answer
+
+    if attack.targeted is not None:
+        ask = _Towards(attack.targeted, ask)
+    passes = attack.passes(step)
     try:
         request = next(passes)
         while True:
-            request = _weighted(request, attack)
-            answer = look(request) if isinstance(request, Look) else train(request, False)
-            assert answer is not None
-            request = passes.send(answer)
+            request = passes.send(ask(_weighted(request, attack)))
     except StopIteration as stop:
         last = _weighted(stop.value, attack)
     finally:
@@ -143,11 +279,37 @@ def run(attack: Attack, epsilon: float, seed: int, train: Trains, look: Callable
     train(last, True)
 
 
+class _Towards:
+    """Asks for a pass, and turns the gradient around: towards a label in place of away from the true one."""
+
+    def __init__(self, label: int | str, ask: Callable[[Request], Answer]) -> None:
+        self._label: Tensor | int | str = label
+        self._ask = ask
+
+    def __call__(self, request: Request) -> Answer:
+        if isinstance(request, Glance):
+            return self._ask(request)
+        answer = self._ask(request) if isinstance(request, Train) else None
+        if self._label == "least_likely":
+            met = answer or self._ask(Glance(request.delta, masks=request.masks))
+            self._label = met.outputs[0].argmin(-1)
+        delta = request.delta if answer is None else answer.delta
+        towards = self._ask(Look(delta, masks=request.masks, label=self._label))
+        return replace(answer or towards, gradient=-towards.gradient)
+
+
 def _weighted(request: Request, attack: Attack) -> Request:
-    if isinstance(request, Look):
+    if not isinstance(request, Train):
         return request
     weight = request.weight * (attack.clean_weight if request.delta is None else attack.weight)
-    return Look(request.delta) if weight == 0 else replace(request, weight=weight)
+    if weight == 0 and not request.against:
+        return Look(request.delta, masks=request.masks)
+    against = tuple(replace(a, weight=a.weight * attack.weight) for a in request.against)
+    return replace(request, weight=weight, against=against)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 ATTACKS: dict[str, type[Attack]] = {}

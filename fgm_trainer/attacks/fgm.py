@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Attack, Passes, Train, register
+from .base import Attack, Passes, Step, Train, register
 
 
 @register("fgm")
@@ -26,6 +26,6 @@ class FGM(Attack):
     Classification", ICLR 2017, arXiv 1605.07725.
     """
 
-    def passes(self, epsilon: float, seed: int) -> Passes:
+    def passes(self, step: Step) -> Passes:
         clean = yield Train()
-        return Train(self.step(clean, epsilon))
+        return Train(self.step(clean, step.epsilon))

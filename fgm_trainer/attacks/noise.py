@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from ..geometry import sample
-from .base import Attack, Passes, Train, register
+from .base import Attack, Passes, Step, Train, register
 
 
 @register("noise")
@@ -23,6 +25,8 @@ class Noise(Attack):
     Citation: the random perturbation baseline of Miyato et al. 2017, arXiv 1605.07725, section 4.
     """
 
-    def passes(self, epsilon: float, seed: int) -> Passes:
+    labelled: ClassVar[bool] = False
+
+    def passes(self, step: Step) -> Passes:
         clean = yield Train()
-        return Train(epsilon * sample(clean.gradient, self.norm, clean.units, seed))
+        return Train(step.epsilon * sample(clean.gradient, self.norm, clean.units, step.seed))

@@ -1,0 +1,116 @@
+"""What every driver of an attack does, whoever owns the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .attacks import Answer, Attack, Glance, Look
+from .inspection import mean_embedding_norm
+from .objective import Outputs
+from .passes import Pass
+from .target import Target, glance, look
+
+EPSILON_UNITS = ("absolute", "embedding")
+
+
+def looked(
+    place: Target,
+    batch: Any,
+    request: Look | Glance,
+    objective_of: Callable[[], Tensor],
+    scope: str,
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> tuple[Pass, Tensor, Tensor]:
+    """A pass that trains nothing: `look` or `glance`."""
+    if isinstance(request, Glance):
+        return glance(place, batch, request.delta, objective_of, scope)
+    return look(place, batch, request.delta, objective_of, scope, scaled)
+
+
+def answer_from(seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) -> Answer:
+    """What an attack is told of a pass."""
+    return Answer(gradient, seen.units(), loss, seen.like(), outputs, seen.ids())
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The model called with other weights; its own are not touched."""
+    return _Reweighted(model, weights)
+
+
+class _Reweighted(nn.Module):
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        # Not registered: this is no module of its own.
+        self.__dict__["_model"], self.__dict__["_weights"] = model, weights
+        self.__dict__["config"] = getattr(model, "config", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self._model, dict(self._weights), args, kwargs)  # type: ignore[arg-type]
+
+
+def refuse_spread_weights(attack: Attack, target: object, model: nn.Module, accelerator: Any) -> None:
+    """Raises ValueError where whole weights are needed and the engine spreads them or their gradients."""
+    if not attack.needs_whole_weights and target != "weights":
+        return
+    spread = any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters())
+    # accelerate's DistributedType: by its value, since the core runs without accelerate.
+    kind = getattr(getattr(accelerator, "distributed_type", None), "value", None)
+    if spread or kind in ("DEEPSPEED", "FSDP"):
+        raise ValueError(
+            f"{attack.name!r} needs whole weights on every process, and this engine spreads them or their gradients. "
+            "Run it on one process or under DDP."
+        )
+
+
+def unit_of(name: str, model: nn.Module) -> float:
+    """What an epsilon is multiplied by. Raises ValueError for a name that is none of `EPSILON_UNITS`."""
+    if name not in EPSILON_UNITS:
+        raise ValueError(f"epsilon_unit must be one of {', '.join(EPSILON_UNITS)}; found {name!r}.")
+    return mean_embedding_norm(model) if name == "embedding" else 1.0
+
+
+@contextmanager
+def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
+    """For all passes of a step but the last: gradients add up on this process, and no optimizer steps.
+
+    DeepSpeed's backward steps the optimizer whenever `sync_gradients` is set; DDP reduces gradients in every backward
+    outside of `no_sync`. FSDP2 scatters them in every pass, since to keep them whole would cost the memory that it
+    saves; with replicas of the shards (HSDP) only the last pass sums over the replicas.
+
+    Args:
+        accelerator: the `accelerate.Accelerator`, or None.
+        model: the model as the accelerator prepared it.
+    """
+    if accelerator is None:
+        yield
+        return
+    bare = getattr(model, "_orig_mod", model)
+    sync = accelerator.sync_gradients
+    # Where this is not the last micro-batch, the loop around has already put the sum off.
+    replicated: Any = bare if sync and hasattr(bare, "set_requires_all_reduce") else None
+    with bare.no_sync() if isinstance(bare, DistributedDataParallel) else nullcontext():
+        try:
+            accelerator.sync_gradients = False
+            if replicated is not None:
+                replicated.set_requires_all_reduce(False)
+            yield
+        finally:
+            accelerator.sync_gradients = sync
+            if replicated is not None:
+                replicated.set_requires_all_reduce(True)
+
+
+def scaled_as_the_engine_would(accelerator: Any, loss: Tensor) -> Tensor:
+    """The loss times the loss scale of half precision, without which small gradients are zeros there."""
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is not None:
+        scaled: Tensor = scaler.scale(loss)
+        return scaled
+    deepspeed = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    return loss if deepspeed is None else loss * getattr(deepspeed.engine.optimizer, "loss_scale", 1.0)

@@ -1,0 +1,221 @@
+"""One attacked micro-batch in a `Trainer`: each of its training passes is a `super().training_step`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from .attacks import Answer, Attack, Glance, Look, Step, Train, run
+from .driving import answer_from, gradients_stay_local, looked, scaled_as_the_engine_would, with_weights
+from .objective import Outputs, detached, divergence, logits_of, problem_of, relabelled
+from .passes import Pass
+from .randomness import Masks
+from .target import Target
+
+if TYPE_CHECKING:
+    from .trainer import AdversarialTrainerMixin
+
+
+class MicroBatch:
+    """The passes of one micro-batch.
+
+    Args:
+        trainer: whose they are.
+        attack: what asks for them.
+        scope: the attack's scope, settled.
+        place: the attached target.
+        model: the model as the engine wrapped it.
+        inputs: what the model is given.
+        given: the same with the columns that only the attack reads.
+        stock: `super().training_step` on the inputs.
+        loss_arguments: what `compute_loss` is given besides.
+    """
+
+    def __init__(
+        self,
+        trainer: AdversarialTrainerMixin,
+        attack: Attack,
+        scope: str,
+        place: Target,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        given: Mapping[str, Any],
+        stock: Callable[[], Tensor],
+        loss_arguments: dict[str, Any],
+    ) -> None:
+        self._trainer, self._attack, self._scope, self._place = trainer, attack, scope, place
+        self._model, self._inputs, self._given = model, inputs, given
+        self._stock, self._loss_arguments = stock, loss_arguments
+        self._masks = Masks(trainer.args.device, trainer._same_dropout)
+        self._clean: Tensor | None = None
+        self._perturbed: list[Tensor] = []
+        self._norms: tuple[Tensor, Tensor] | None = None
+
+    def run(self, step: Step) -> Tensor:
+        """All passes. Returns the clean loss as `Trainer` reports it, or where no pass is clean, the first one's."""
+        run(self._attack, step, self._train, self._look)
+        mean = sum(self._perturbed, self._perturbed[0].new_zeros(())) / len(self._perturbed)
+        self._trainer._window.perturbed(mean, self._norms)
+        return self._perturbed[0] if self._clean is None else self._clean
+
+    def check(self) -> Tensor:
+        """A clean pass that finds out whether this batch can be attacked, where the attack starts later."""
+        with self._place.record(gradient=True, scope=self._scope) as seen, self._measured(seen, Train()):
+            loss = self._stock()
+            self._check_forward(seen)
+        seen.gradient([leaf.grad for leaf in seen.leaves])
+        seen.units()
+        return loss
+
+    def _train(self, request: Train, last: bool) -> Answer | None:
+        trainer = self._trainer
+        with ExitStack() as stack:
+            stack.enter_context(self._masks.drawn(request.masks))
+            if not last:
+                stack.enter_context(gradients_stay_local(trainer.accelerator, self._model))
+            seen = stack.enter_context(self._place.record(request.delta, gradient=not last, scope=self._scope))
+            found = stack.enter_context(self._measured(seen, request))
+            reported = self._stock()
+            self._check_forward(seen)
+        loss = found.reported if found.reported is not None else reported / request.weight
+        if request.delta is None:
+            self._clean = reported / request.weight
+        else:
+            self._perturbed.append(loss)
+            self._norms = seen.row_norms()
+        if last:
+            return None
+        gradient = seen.gradient([leaf.grad for leaf in seen.leaves]) / found.scale[0]
+        return self._answer(seen, gradient, found.loss, found.outputs)
+
+    def _look(self, request: Look | Glance) -> Answer:
+        trainer = self._trainer
+        inner = trainer._inner(self._model)
+        batch: dict[str, Any] = trainer._prepare_inputs(dict(self._inputs))
+        if isinstance(request, Look) and request.label is not None:
+            batch = relabelled(batch, request.label, trainer._prepare_inputs(dict(self._given)))
+        inner.train()
+        outputs: Outputs = ()
+        against = request.against if isinstance(request, Look) else ()
+        caller = with_weights(inner, request.weights) if isinstance(request, Glance) and request.weights else inner
+
+        def objective_of() -> Tensor:
+            nonlocal outputs
+            wanted = {"return_outputs": True} if self._attack.reads_outputs else {}
+            with trainer.compute_loss_context_manager():
+                result: Any = trainer.compute_loss(caller, dict(batch), **wanted, **self._loss_arguments)
+            loss: Tensor = result[0] if wanted else result
+            outputs = logits_of(result[1]) if wanted else ()
+            return divergence(outputs, against, problem_of(inner), batch.get("attention_mask")) if against else loss
+
+        scaled = functools.partial(scaled_as_the_engine_would, trainer.accelerator)
+        with self._masks.drawn(request.masks):
+            seen, gradient, loss = looked(self._place, self._inputs, request, objective_of, self._scope, scaled)
+        return self._answer(seen, gradient, loss, detached(outputs))
+
+    def _answer(self, seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) -> Answer:
+        answer = answer_from(seen, gradient, loss, outputs)
+        self._trainer._window.gradient(answer.units.only_tokens(gradient))
+        return answer
+
+    def _check_forward(self, seen: Pass) -> None:
+        if not seen.forward_done:
+            raise RuntimeError(
+                f"{type(self._trainer).__name__}.training_step does not call self.compute_loss, where the loss is "
+                "weighted and the perturbation checked. Let it call compute_loss, or use fgm_trainer.raw.Adversary in "
+                "a loop."
+            )
+
+    @contextmanager
+    def _measured(self, seen: Pass, request: Train) -> Iterator[_Found]:
+        """Weights the loss and adds the divergences.
+
+        `compute_loss` is wrapped on the instance, so overrides above and below are all inside. `scale` is d(what
+        backward starts from) / d(loss): it holds whatever the engine multiplies in, such as accumulation, GradScaler,
+        DeepSpeed's loss scale and the weight. A divergence is added where backward starts, since `Trainer` divides
+        some losses by the accumulation steps, and not others.
+        """
+        trainer, found = self._trainer, _Found()
+        compute_loss: Callable[..., Any] = trainer.compute_loss
+        backward = trainer.accelerator.backward
+
+        @functools.wraps(compute_loss)
+        def weighted(*args: Any, **kwargs: Any) -> Any:
+            asked = kwargs.get("return_outputs", False) or any(a is True for a in args[2:3])
+            wanted = {"return_outputs": True} if self._attack.reads_outputs and not asked else {}
+            result = compute_loss(*args, **kwargs, **wanted)
+            self._place.forward_ended(seen, self._inputs)
+            loss, outputs = result if isinstance(result, tuple) else (result, None)
+            found.loss = loss.detach()
+            if self._attack.reads_outputs:
+                logits = logits_of(outputs)
+                found.outputs = detached(logits)
+                if request.against:
+                    problem = problem_of(trainer._inner(self._model))
+                    found.divergence = divergence(logits, request.against, problem, self._inputs.get("attention_mask"))
+            measure = loss if found.divergence is None else found.divergence
+            if measure.requires_grad:
+                measure.register_hook(found.scale.append)
+            loss = loss * request.weight
+            return (loss, outputs) if asked else loss
+
+        def with_divergence(loss: Tensor, **kwargs: Any) -> None:
+            if found.divergence is not None:
+                share = found.divergence / trainer._micro_batches()
+                found.reported = share.detach() / sum(a.weight for a in request.against)
+                if request.weight == 0:
+                    found.loss = found.divergence.detach()
+                else:
+                    found.reported = None
+                share = share * _divided_later(trainer.accelerator, kwargs)
+                # A loss of weight 0 is left out: 0 times NaN is NaN.
+                loss = share if request.weight == 0 else loss + share
+            backward(loss, **kwargs)
+
+        with _put_on(trainer, "compute_loss", weighted), ExitStack() as stack:
+            if request.against:
+                stack.enter_context(_put_on(trainer.accelerator, "backward", with_divergence))
+            yield found
+
+
+class _Found:
+    """What is found out during a training pass.
+
+    Args:
+        loss: the loss, or of a pass without one its divergence; unweighted, detached.
+        reported: of a pass without a loss its divergence, unweighted, as `Trainer` would report a loss.
+    """
+
+    def __init__(self) -> None:
+        self.scale: list[Tensor] = []
+        self.loss: Tensor = None  # type: ignore[assignment]  # there after the forward pass
+        self.reported: Tensor | None = None
+        self.outputs: Outputs = ()
+        self.divergence: Tensor | None = None
+
+
+@contextmanager
+def _put_on(owner: Any, name: str, call: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the instance has `call` in place of its method."""
+    own = vars(owner).get(name)
+    vars(owner)[name] = call
+    try:
+        yield
+    finally:
+        vars(owner).pop(name)
+        if own is not None:
+            vars(owner)[name] = own
+
+
+def _divided_later(accelerator: Any, backward_arguments: dict[str, Any]) -> int:
+    """What `accelerator.backward`, or the engine inside it, divides a loss by."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return int(accelerator.gradient_accumulation_steps)
+    if not backward_arguments.get("scale_wrt_gas", True):
+        return 1
+    return int(accelerator.deepspeed_engine_wrapped.engine.gradient_accumulation_steps())

@@ -1,0 +1,50 @@
+"""Which dropout masks the passes of a step draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor | None]
+
+
+class Masks:
+    """Passes under the same name draw the same masks; those without a name go on in the stream of random numbers.
+
+    Args:
+        device: where the model is.
+        all_same: every pass has the same masks, whatever its name.
+    """
+
+    def __init__(self, device: torch.device, all_same: bool = False) -> None:
+        self._device, self._all_same = device, all_same
+        self._starts: dict[str, State] = {}
+
+    @contextmanager
+    def drawn(self, name: str) -> Iterator[None]:
+        """One pass. A repetition leaves the random state as it found it."""
+        name = "all" if self._all_same else name
+        if name not in self._starts:
+            if name:
+                self._starts[name] = self._state()
+            yield
+            return
+        now = self._state()
+        self._set(self._starts[name])
+        try:
+            yield
+        finally:
+            self._set(now)
+
+    def _state(self) -> State:
+        own = torch.get_device_module(self._device) if self._device.type != "cpu" else None
+        return torch.get_rng_state(), own.get_rng_state(self._device) if own else None
+
+    def _set(self, state: State) -> None:
+        cpu, own = state
+        torch.set_rng_state(cpu)
+        if own is not None:
+            torch.get_device_module(self._device).set_rng_state(own, self._device)
