@@ -114,10 +114,9 @@ def find_epsilon(
     if isinstance(place, Weights):
         raise ValueError(f"find_epsilon is for perturbations of inputs; {attack.name} on {place} perturbs weights.")
     scope = place.settle(attack.scope, attack.default_scope)
-    place.clip = place.clip if clip is None else clip
     unit = unit_of(epsilon_unit, model)
     loss_of = loss_of or model_loss
-    with evaluating(model, place), _own_randomness(seed):
+    with evaluating(model, place, clip), _own_randomness(seed):
         batches = [on_device(batch, model) for batch in batches]
         clean = _mean([_clean(model, batch, attack, loss_of) for batch in batches])
         if not math.isfinite(clean.loss):

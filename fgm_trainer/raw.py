@@ -233,7 +233,7 @@ class Adversary:
         self._steps_next = True
         self._scope = self._place.settle(attack.scope, attack.default_scope)
         self._place.attach(self._inner, model)
-        self._place.clip = clip
+        self._place.clip = clip or self._place.clip
         self._count = 0
 
     def backward(

@@ -116,12 +116,11 @@ def evaluate_robustness(
     model = getattr(model, "_orig_mod", model)
     place = target if isinstance(target, Target) else find_target(target or "word_embeddings", model)
     unit = unit_of(epsilon_unit, model)
-    place.clip = place.clip if clip is None else clip
     names = _names(attacks)
     scores: dict[str, list[list[_Outcome]]] = {name: [[] for _ in grid] for name in names}
     clean: list[_Outcome] = []
     labels: list[Tensor] = []
-    with evaluating(model, place):
+    with evaluating(model, place, clip):
         batches = list(_batches(dataset, batch_size, collate_fn))
         for number, batch in enumerate(_bar(batches, progress)):
             batch = on_device(batch, model)
@@ -332,16 +331,18 @@ def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module, place: Target) -> Iterator[None]:
-    """Eval mode and hooks, and every module's own mode and no hooks afterwards."""
+def evaluating(model: nn.Module, place: Target, clip: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
+    """Eval mode, hooks and a valid range; every module's own mode, no hooks and the target's own range afterwards."""
     modes = [(m, m.training) for m in model.modules()]
-    attached = place.model is model
+    attached, own = place.model is model, place.clip
     try:
+        place.clip = own if clip is None else clip
         model.eval()
         if not attached:
             place.attach(model)
         yield
     finally:
+        place.clip = own
         if not attached:
             place.detach()
         for module, mode in modes:

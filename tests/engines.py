@@ -121,9 +121,11 @@ def in_order(base):
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            return loss / self.args.gradient_accumulation_steps if ADDS_UP else loss
+        def compute_loss(self, *args, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)
+            if ADDS_UP:
+                loss = loss / self.args.gradient_accumulation_steps
+            return (loss, outputs) if return_outputs else loss
 
     return InOrder
 
