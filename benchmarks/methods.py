@@ -10,7 +10,6 @@ Writes `cost.json` and `effect-SEED-NAME.json`; `table` prints what is there.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from demo import GROUP_BY_LENGTH, by_length, encode, new_model
+from machine import machine, versions
 from reviews import load_reviews, pretrained_model
 
 from fgm_trainer import (
@@ -116,8 +115,8 @@ def cost(args: BenchmarkArguments, folder: Path, train: list[dict[str, Any]], co
             rounds.append({name: value / seconds["stock"] for name, value in seconds.items()})
     ratios = {name: sorted(r[name] for r in rounds) for name in trainers}
     figures = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": machine(),
+        "versions": versions(),
         "batch": list(batch["input_ids"].shape),
         "ratio": {
             name: {"median": statistics.median(row), "least": row[0], "most": row[-1]} for name, row in ratios.items()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from machine import versions
 from reviews import FetchError, Review, Reviews, load_reviews, pretrained_model
 from rich import box
 from rich.console import Console
@@ -30,7 +30,6 @@ from transformers import (
     set_seed,
 )
 
-import fgm_trainer
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
 from fgm_trainer.plotting import plot_robustness
 from fgm_trainer.robustness import RobustnessReport, evaluate_robustness
@@ -251,12 +250,7 @@ def results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> dict[s
         "settings": asdict(args),
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "fgm_trainer": fgm_trainer.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "seeds": {
             str(seed): {test: {model: asdict(m) for model, m in models.items()} for test, models in run.items()}
             for seed, run in runs.items()

@@ -16,7 +16,6 @@ import copy
 import gzip
 import json
 import math
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
+from machine import versions
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +39,6 @@ from transformers import (
     set_seed,
 )
 
-import fgm_trainer
 from fgm_trainer import FGSM, PGD, AdversarialTrainer, AdversarialTrainingArguments, Attack, Noise
 from fgm_trainer.clipping import valid_range
 from fgm_trainer.raw import Adversary
@@ -467,12 +465,7 @@ def results(
         "settings": asdict(images_args) | attack,
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
-        "versions": {
-            "fgm_trainer": fgm_trainer.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "values": {**asdict(seen), "valid": bounds(images_args, args)},
         "models": {name: report.to_dict() for name, report in reports.items()},
     }

@@ -12,25 +12,59 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .attacks import Answer, Attack, Glance, Look
 from .inspection import mean_embedding_norm
-from .objective import Outputs
+from .objective import Outputs, detached, divergence, logits_of, problem_of, relabelled
 from .passes import Pass
 from .target import Target, glance, look
 
 EPSILON_UNITS = ("absolute", "embedding")
 
 
-def looked(
-    place: Target,
-    batch: Any,
+def answer_look(
     request: Look | Glance,
-    objective_of: Callable[[], Tensor],
+    attack: Attack,
+    place: Target,
     scope: str,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    given: Mapping[str, Any],
+    loss_of: Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Any]],
     scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
-) -> tuple[Pass, Tensor, Tensor]:
-    """A pass that trains nothing: `look` or `glance`."""
+) -> Answer:
+    """A pass that trains nothing.
+
+    Args:
+        request: what the attack asks for.
+        attack: the attack, which says whether it reads outputs.
+        place: its attached target.
+        scope: its scope, settled.
+        model: the model inside every wrapper.
+        inputs: what the model is given.
+        given: the same with the column that a targeted attack reads.
+        loss_of: (model, inputs) -> (loss, outputs).
+        scaled: multiplies the objective by the loss scale of half precision, for the way back alone.
+    """
+    outputs: Outputs = ()
+    against = request.against if isinstance(request, Look) else ()
+    own = model
+    if isinstance(request, Look) and request.label is not None:
+        inputs = relabelled(inputs, request.label, given)
+    if isinstance(request, Glance) and request.weights:
+        model = _Reweighted(model, request.weights)
+
+    def objective_of() -> Tensor:
+        nonlocal outputs
+        loss, found = loss_of(model, inputs)
+        if attack.reads_outputs:
+            outputs = logits_of(found)
+        if against:
+            return divergence(outputs, against, problem_of(own), inputs.get("attention_mask"))
+        return loss
+
     if isinstance(request, Glance):
-        return glance(place, batch, request.delta, objective_of, scope)
-    return look(place, batch, request.delta, objective_of, scope, scaled)
+        seen, gradient, loss = glance(place, inputs, request.delta, objective_of, scope)
+    else:
+        seen, gradient, loss = look(place, inputs, request.delta, objective_of, scope, scaled)
+    return answer_from(seen, gradient, loss, detached(outputs))
 
 
 def answer_from(seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) -> Answer:
@@ -38,12 +72,9 @@ def answer_from(seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) ->
     return Answer(gradient, seen.units(), loss, seen.like(), outputs, seen.ids())
 
 
-def with_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The model called with other weights; its own are not touched."""
-    return _Reweighted(model, weights)
-
-
 class _Reweighted(nn.Module):
+    """The model called with other weights; its own are not touched."""
+
     def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         # Not registered: this is no module of its own.

@@ -20,7 +20,7 @@ from .attacks import Attack, Step
 from .driving import unit_of
 from .objective import logits_of
 from .plotting import plot_epsilon
-from .robustness import LossOf, evaluating, model_loss, on_device, under_attack
+from .robustness import LossOf, bar, evaluating, model_loss, on_device, under_attack
 from .target import Target
 from .targets import find_target
 from .weights import Weights
@@ -122,7 +122,7 @@ def find_epsilon(
         if not math.isfinite(clean.loss):
             raise ValueError(f"The loss without attack is {clean.loss}: no epsilon can be found for this model.")
         points = []
-        for epsilon in _bar(grid, progress):
+        for epsilon in bar(grid, progress, "epsilon"):
             own = replace(attack, epsilon=epsilon).in_units(unit)
             each = [_attacked(model, place, b, own, seed + i, scope, loss_of) for i, b in enumerate(batches)]
             points.append(_mean(each))
@@ -307,14 +307,6 @@ def _check(attack: Attack, epsilons: Sequence[float] | None, batches: Sequence[B
 def _default_grid(attack: Attack) -> list[float]:
     middle: Any = next(f.default for f in fields(attack) if f.name == "epsilon")
     return [middle * 10 ** (DECADES * (i / (POINTS - 1) - 0.5)) for i in range(POINTS)]
-
-
-def _bar(grid: Sequence[float], progress: bool) -> Any:
-    if not progress:
-        return grid
-    from tqdm.auto import tqdm
-
-    return tqdm(grid, desc="epsilon")
 
 
 @contextmanager

@@ -135,7 +135,7 @@ class Segments(Units):
 
     def spread(self, each: Tensor) -> Tensor:
         """One value a part, (parts,), as one value an entry."""
-        return each.repeat_interleave(torch.tensor(self.sizes, device=each.device))
+        return torch.cat([value.expand(size) for value, size in zip(each, self.sizes, strict=True)])
 
     def _norms(self, values: Tensor, order: float) -> Tensor:
         return self.spread(torch.stack([torch.linalg.vector_norm(v, order) for v in values.split(self.sizes)]))

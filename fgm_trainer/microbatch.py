@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from .attacks import Answer, Attack, Glance, Look, Step, Train, run
-from .driving import answer_from, gradients_stay_local, looked, scaled_as_the_engine_would, with_weights
-from .objective import Outputs, detached, divergence, logits_of, problem_of, relabelled
+from .driving import answer_from, answer_look, gradients_stay_local, scaled_as_the_engine_would
+from .objective import Outputs, detached, divergence, logits_of, problem_of
 from .passes import Pass
 from .randomness import Masks
 from .target import Target
@@ -91,36 +91,27 @@ class MicroBatch:
         if last:
             return None
         gradient = seen.gradient([leaf.grad for leaf in seen.leaves]) / found.scale[0]
-        return self._answer(seen, gradient, found.loss, found.outputs)
+        return self._counted(answer_from(seen, gradient, found.loss, found.outputs))
 
     def _look(self, request: Look | Glance) -> Answer:
         trainer = self._trainer
         inner = trainer._inner(self._model)
-        batch: dict[str, Any] = trainer._prepare_inputs(dict(self._inputs))
-        if isinstance(request, Look) and request.label is not None:
-            batch = relabelled(batch, request.label, trainer._prepare_inputs(dict(self._given)))
         inner.train()
-        outputs: Outputs = ()
-        against = request.against if isinstance(request, Look) else ()
-        caller = with_weights(inner, request.weights) if isinstance(request, Glance) and request.weights else inner
+        inputs, given = (trainer._prepare_inputs(dict(batch)) for batch in (self._inputs, self._given))
+        wanted = {"return_outputs": True} if self._attack.reads_outputs else {}
 
-        def objective_of() -> Tensor:
-            nonlocal outputs
-            wanted = {"return_outputs": True} if self._attack.reads_outputs else {}
+        def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
             with trainer.compute_loss_context_manager():
-                result: Any = trainer.compute_loss(caller, dict(batch), **wanted, **self._loss_arguments)
-            loss: Tensor = result[0] if wanted else result
-            outputs = logits_of(result[1]) if wanted else ()
-            return divergence(outputs, against, problem_of(inner), batch.get("attention_mask")) if against else loss
+                result: Any = trainer.compute_loss(model, dict(batch), **wanted, **self._loss_arguments)
+            return result if wanted else (result, None)
 
         scaled = functools.partial(scaled_as_the_engine_would, trainer.accelerator)
         with self._masks.drawn(request.masks):
-            seen, gradient, loss = looked(self._place, self._inputs, request, objective_of, self._scope, scaled)
-        return self._answer(seen, gradient, loss, detached(outputs))
+            answer = answer_look(request, self._attack, self._place, self._scope, inner, inputs, given, loss_of, scaled)
+        return self._counted(answer)
 
-    def _answer(self, seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) -> Answer:
-        answer = answer_from(seen, gradient, loss, outputs)
-        self._trainer._window.gradient(answer.units.only_tokens(gradient))
+    def _counted(self, answer: Answer) -> Answer:
+        self._trainer._window.gradient(answer.units.only_tokens(answer.gradient))
         return answer
 
     def _check_forward(self, seen: Pass) -> None:
@@ -167,14 +158,14 @@ class MicroBatch:
         def with_divergence(loss: Tensor, **kwargs: Any) -> None:
             if found.divergence is not None:
                 share = found.divergence / trainer._micro_batches()
-                found.reported = share.detach() / sum(a.weight for a in request.against)
-                if request.weight == 0:
-                    found.loss = found.divergence.detach()
+                started = share * _divided_later(trainer.accelerator, kwargs)
+                if request.weight:
+                    loss = loss + started
                 else:
-                    found.reported = None
-                share = share * _divided_later(trainer.accelerator, kwargs)
-                # A loss of weight 0 is left out: 0 times NaN is NaN.
-                loss = share if request.weight == 0 else loss + share
+                    # A loss of weight 0 is left out: 0 times NaN is NaN.
+                    loss = started
+                    found.loss = found.divergence.detach()
+                    found.reported = share.detach() / sum(a.weight for a in request.against)
             backward(loss, **kwargs)
 
         with _put_on(trainer, "compute_loss", weighted), ExitStack() as stack:

@@ -17,15 +17,14 @@ from . import attacks, geometry
 from .attacks import Answer, Glance, Look, Step, Train, run
 from .driving import (
     answer_from,
+    answer_look,
     gradients_stay_local,
-    looked,
     refuse_spread_weights,
     scaled_as_the_engine_would,
     unit_of,
-    with_weights,
 )
 from .inspection import input_embedding, shared_lookups
-from .objective import Against, Outputs, detached, divergence, logits_of, problem_of, relabelled
+from .objective import detached, divergence, logits_of, problem_of
 from .randomness import Masks
 from .target import Target
 from .targets import find_target
@@ -307,52 +306,45 @@ class _Passes:
         local = nullcontext() if last else gradients_stay_local(owner._accelerator, owner._model)
         wanted = owner._place.record(request.delta, gradient=not last, scope=owner._scope)
         with self._masks.drawn(request.masks), local, wanted as seen:
-            loss, outputs = self._measure(owner._model, self._inputs, request.against)
+            loss, found = _pair(self._loss_of(owner._model, self._inputs))
+            outputs = logits_of(found) if owner._attack.reads_outputs else ()
             owner._place.forward_ended(seen, self._inputs)
             measure = loss
             objective = loss * request.weight
             if request.against:
-                measure = self._apart(outputs, request.against)
+                mask = self._inputs.get("attention_mask")
+                measure = divergence(outputs, request.against, problem_of(owner._inner), mask)
                 # A loss of weight 0 is left out: 0 times NaN is NaN.
                 objective = measure if request.weight == 0 else objective + measure
             measure.register_hook(scale.append)
             owner._backward(objective)
-        found = (measure if request.weight == 0 else loss).detach()
+        reported = (loss if request.weight else measure).detach()
         if request.weight:
-            self.losses.append(found)
+            self.losses.append(reported)
         if last:
             return None
         gradient = seen.gradient([leaf.grad for leaf in seen.leaves]) / scale[0]
-        return answer_from(seen, gradient, found, detached(outputs))
+        return answer_from(seen, gradient, reported, detached(outputs))
 
     def look(self, request: Look | Glance) -> Answer:
-        owner, inputs = self._owner, self._inputs
-        outputs: Outputs = ()
-        against = request.against if isinstance(request, Look) else ()
-        model = owner._inner
-        if isinstance(request, Look) and request.label is not None:
-            inputs = relabelled(inputs, request.label, self._given)
-        if isinstance(request, Glance) and request.weights:
-            model = with_weights(model, request.weights)
-
-        def objective_of() -> Tensor:
-            nonlocal outputs
-            loss, outputs = self._measure(model, inputs, against)
-            return self._apart(outputs, against) if against else loss
-
+        owner = self._owner
         scaled = functools.partial(scaled_as_the_engine_would, owner._accelerator)
+
+        def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+            return _pair(self._loss_of(model, batch))
+
         with self._masks.drawn(request.masks):
-            seen, gradient, loss = looked(owner._place, inputs, request, objective_of, owner._scope, scaled)
-        return answer_from(seen, gradient, loss, detached(outputs))
-
-    def _measure(
-        self, model: nn.Module, inputs: Mapping[str, Any], against: tuple[Against, ...]
-    ) -> tuple[Tensor, Outputs]:
-        loss, outputs = _pair(self._loss_of(model, inputs))
-        return loss, logits_of(outputs) if self._owner._attack.reads_outputs or against else ()
-
-    def _apart(self, outputs: Outputs, against: tuple[Against, ...]) -> Tensor:
-        return divergence(outputs, against, problem_of(self._owner._inner), self._inputs.get("attention_mask"))
+            return answer_look(
+                request,
+                owner._attack,
+                owner._place,
+                owner._scope,
+                owner._inner,
+                self._inputs,
+                self._given,
+                loss_of,
+                scaled,
+            )
 
 
 def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import transformers
@@ -24,74 +25,85 @@ _STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
 
 def refuse(trainer: AdversarialTrainerMixin) -> None:
     """Raises ValueError, one message with every problem of model, arguments and engine."""
-    problems = []
-    model = trainer.model
-    if model is not None and not isinstance(trainer._target, Target):
+    problems = [*_of_the_model(trainer), *_of_the_arguments(trainer), *_of_the_engine(trainer)]
+    if problems:
+        raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
+
+
+def _of_the_model(trainer: AdversarialTrainerMixin) -> Iterator[str]:
+    if trainer.model is None:
+        return
+    attack, inner = trainer.attack, trainer._inner(trainer.model)
+    if not isinstance(trainer._target, Target):
         try:
-            find_target(trainer._target, trainer._inner(model)).settle(
-                trainer.attack.scope, trainer.attack.default_scope
-            )
+            find_target(trainer._target, inner).settle(attack.scope, attack.default_scope)
         except ValueError as error:
-            problems.append(str(error))
-    if model is not None:
-        inner = trainer._inner(model)
+            yield str(error)
+    if trainer._epsilon_unit == "embedding":
         try:
-            refuse_spread_weights(trainer.attack, trainer._target, inner, trainer.accelerator)
-            if trainer._epsilon_unit == "embedding":
-                input_embedding(inner)
+            input_embedding(inner)
         except ValueError as error:
-            problems.append(str(error))
-        classes, label = getattr(getattr(inner, "config", None), "num_labels", None), trainer.attack.targeted
-        classifies = "Classification" in type(inner).__name__
-        if classifies and isinstance(label, int) and isinstance(classes, int) and label >= classes:
-            problems.append(f"adv_targeted={label} is no class of the model, which has {classes}.")
-        if label == "least_likely" and type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            problems.append(
-                "adv_targeted='least_likely' is for classification: a language model predicts the next position's "
-                "label. Name a column of the data that holds the targets."
-            )
-    compiled = trainer.args.torch_compile or (model is not None and is_compiled(model))
-    if trainer._target == "weights" and compiled:
-        problems.append("adv_target='weights' can't be compiled: leave torch_compile out.")
-    if trainer.args.n_gpu > 1:
-        problems.append(
-            f"torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: its replicas carry no hooks' "
-            "state. Start one process a GPU: `accelerate launch script.py ...` or `torchrun --nproc_per_node "
-            f"{trainer.args.n_gpu} script.py ...`."
+            yield str(error)
+    classes, label = getattr(getattr(inner, "config", None), "num_labels", None), attack.targeted
+    classifies = "Classification" in type(inner).__name__
+    if classifies and isinstance(label, int) and isinstance(classes, int) and label >= classes:
+        yield f"adv_targeted={label} is no class of the model, which has {classes}."
+    if label == "least_likely" and type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        yield (
+            "adv_targeted='least_likely' is for classification: a language model predicts the next position's "
+            "label. Name a column of the data that holds the targets."
         )
-    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+
+
+def _of_the_arguments(trainer: AdversarialTrainerMixin) -> Iterator[str]:
+    args, attack = trainer.args, trainer.attack
+    compiled = args.torch_compile or (trainer.model is not None and is_compiled(trainer.model))
+    if trainer._target == "weights" and compiled:
+        yield "adv_target='weights' can't be compiled: leave torch_compile out."
+    optimizer = str(getattr(args.optim, "value", args.optim))
     given = type(trainer.optimizer).__name__ if trainer.optimizer is not None else ""
     if any(part in name.lower() for part in _STEPS_IN_BACKWARD for name in (optimizer, given)):
-        problems.append(
+        yield (
             f"optim={optimizer!r}{given and f' ({given})'} steps inside the backward pass, so the clean pass would "
             "change the weights before the adversarial one. Choose an optimizer that steps afterwards, such as "
             "optim='adamw_torch'."
         )
     twice = [c.__name__ for c in type(trainer).__mro__ if c.__name__ in _STEPS_TWICE]
     if twice:
-        problems.append(f"{twice[0]} counts its training steps, so running a step's passes twice breaks it.")
-    checkpointing = getattr(trainer.args, "gradient_checkpointing_kwargs", None) or {}
+        yield f"{twice[0]} counts its training steps, so running a step's passes twice breaks it."
+    checkpointing = getattr(args, "gradient_checkpointing_kwargs", None) or {}
     reentrant = checkpointing.get("use_reentrant", _reentrant_by_default())
-    needs_look = trainer.attack.looks or trainer.attack.clean_weight == 0
-    if trainer.args.gradient_checkpointing and reentrant and needs_look:
-        problems.append(
-            f"{trainer.attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
+    if args.gradient_checkpointing and reentrant and (attack.looks or attack.clean_weight == 0):
+        yield (
+            f"{attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
             "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+
+
+def _of_the_engine(trainer: AdversarialTrainerMixin) -> Iterator[str]:
+    if trainer.model is not None:
+        try:
+            refuse_spread_weights(trainer.attack, trainer._target, trainer._inner(trainer.model), trainer.accelerator)
+        except ValueError as error:
+            yield str(error)
+    if trainer.args.n_gpu > 1:
+        yield (
+            f"torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: its replicas carry no hooks' "
+            "state. Start one process a GPU: `accelerate launch script.py ...` or `torchrun --nproc_per_node "
+            f"{trainer.args.n_gpu} script.py ...`."
         )
     split = [kind for kind in ("tp", "cp", "sp") if getattr(trainer, f"get_{kind}_size", lambda: 1)() > 1]
     if split:
-        problems.append(
+        yield (
             f"{', '.join(f'{kind}_size' for kind in split)} above 1 splits one example over processes, each of "
             "which would take its norm over a part and draw its own noise. Spread the batch instead: DDP, FSDP2 "
             "or DeepSpeed ZeRO."
         )
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
-        problems.append(
+        yield (
             "With DeepSpeed this release of accelerate steps the optimizer in every backward pass, the clean one "
             "too. Install accelerate 1.8 or newer."
         )
-    if problems:
-        raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
 
 
 def _reentrant_by_default() -> bool:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import FGM, PGD, Answer, Attack, Glance, Look, Noise, Step, Train, run
-from .driving import answer_from, looked, unit_of
-from .objective import detached, divergence, logits_of, problem_of, relabelled
+from .driving import answer_look, unit_of
 from .passes import Pass
 from .target import Target
 from .targets import find_target
@@ -122,7 +121,7 @@ def evaluate_robustness(
     labels: list[Tensor] = []
     with evaluating(model, place, clip):
         batches = list(_batches(dataset, batch_size, collate_fn))
-        for number, batch in enumerate(_bar(batches, progress)):
+        for number, batch in enumerate(bar(batches, progress, "robustness")):
             batch = on_device(batch, model)
             inputs = {name: value for name, value in batch.items() if name not in {a.targeted for a in attacks}}
             outcome = _judge(_logits(model, inputs), batch["labels"])
@@ -178,34 +177,18 @@ def under_attack(
     Returns:
         Loss, outputs, and what the pass met. No gradient is left anywhere.
     """
-    loss_of = loss_of or model_loss
     found: list[tuple[Tensor, Any, Pass]] = []
     inputs = {name: value for name, value in batch.items() if name != attack.targeted}
 
     def look_(request: Look | Glance) -> Answer:
-        outputs: Any = None
-        against = request.against if isinstance(request, Look) else ()
-        label = request.label if isinstance(request, Look) else None
-        labelled = inputs if label is None else relabelled(inputs, label, batch)
-
-        def objective_of() -> Tensor:
-            nonlocal outputs
-            loss, outputs = loss_of(model, labelled)
-            return (
-                divergence(logits_of(outputs), against, problem_of(model), inputs.get("attention_mask"))
-                if against
-                else loss
-            )
-
-        seen, gradient, loss = looked(place, inputs, request, objective_of, scope)
-        return answer_from(seen, gradient, loss, detached(logits_of(outputs)) if attack.reads_outputs else ())
+        return answer_look(request, attack, place, scope, model, inputs, batch, loss_of or model_loss)
 
     def train(request: Train, last: bool) -> Answer | None:
         answer = None if last else look_(Look(request.delta))
         if request.delta is not None:
             delta = request.delta if answer is None else answer.delta
             with place.record(delta, gradient=False, scope=scope) as seen, torch.no_grad():
-                found[:] = [(*loss_of(model, inputs), seen)]
+                found[:] = [(*(loss_of or model_loss)(model, inputs), seen)]
                 place.forward_ended(seen, inputs)
         return answer
 
@@ -309,12 +292,13 @@ def _batches(dataset: Any, size: int, collate_fn: Any) -> Iterator[Mapping[str, 
         yield batch
 
 
-def _bar(batches: list[Any], progress: bool) -> Any:
+def bar(items: Sequence[Any], progress: bool, label: str) -> Any:
+    """The items, under a progress bar where one is wanted."""
     if not progress:
-        return batches
+        return items
     from tqdm.auto import tqdm
 
-    return tqdm(batches, desc="robustness")
+    return tqdm(items, desc=label)
 
 
 def _rows(batch: Mapping[str, Any], chosen: Tensor, size: int) -> dict[str, Any]:

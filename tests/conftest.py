@@ -4,6 +4,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
 import random
+import warnings
 from importlib.metadata import version
 
 import pytest
@@ -67,3 +68,11 @@ def _environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def resumable(monkeypatch):
+    """transformers 4.46 saves numpy's random state, which the default of torch >= 2.6 refuses to load."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    # pytest takes the filter back after the test.
+    warnings.filterwarnings("ignore", "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", UserWarning)

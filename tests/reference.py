@@ -72,6 +72,20 @@ class InPlace:
         return (rows**2).sum(dim=(1, 2)).sqrt()
 
 
+def each_unit(scope, values, function):
+    """`function` on each unit of (rows, positions, dimension); in scope vocabulary the whole is one."""
+    if scope == "vocabulary":
+        return function(values)
+    result = torch.zeros_like(values)
+    for b in range(values.shape[0]):
+        if scope == "example":
+            result[b] = function(values[b])
+        else:
+            for position in range(values.shape[1]):
+                result[b, position] = function(values[b, position])
+    return result
+
+
 class AtInput:
     """The lookup's output is moved: scope example or token, or vocabulary where the decoder must not be moved."""
 
@@ -116,16 +130,7 @@ class AtInput:
         return loss.item()
 
     def each_unit(self, batch, values, function):
-        if self.scope == "vocabulary":
-            return function(values)
-        result = torch.zeros_like(values)
-        for b in range(values.shape[0]):
-            if self.scope == "example":
-                result[b] = function(values[b])
-            else:
-                for position in range(values.shape[1]):
-                    result[b, position] = function(values[b, position])
-        return result
+        return each_unit(self.scope, values, function)
 
     def lengths(self, batch, delta):
         return (self.moved(batch, delta) ** 2).sum(dim=(1, 2)).sqrt()

@@ -8,7 +8,7 @@ and `token`, and a table (V, D) in scope `vocabulary`. Only the convention of th
 import copy
 
 import torch
-from reference import nearest, unit_step
+from reference import each_unit, nearest, unit_step
 
 SEED = 42
 
@@ -62,16 +62,7 @@ class Place:
         return outputs.loss, outputs.logits
 
     def each_unit(self, values, function):
-        if self.scope == "vocabulary":
-            return function(values)
-        result = torch.zeros_like(values)
-        for b in range(values.shape[0]):
-            if self.scope == "example":
-                result[b] = function(values[b])
-                continue
-            for position in range(values.shape[1]):
-                result[b, position] = function(values[b, position])
-        return result
+        return each_unit(self.scope, values, function)
 
     def entries(self, batch):
         """The number of entries of each unit, in a shape that broadcasts against a perturbation."""

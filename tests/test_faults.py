@@ -250,11 +250,9 @@ def test_a_saved_checkpoint_has_exactly_the_stock_keys_and_the_model_no_hook(tmp
     assert hooks(ours.model) == before
 
 
-@pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD:UserWarning")
+@pytest.mark.usefixtures("resumable")
 @pytest.mark.parametrize("attack", [{}, {"adv_method": "pgd"}, {"adv_method": "noise"}, {"adv_warmup": 0.9}])
-def test_resume_is_bit_equal_to_an_uninterrupted_run(tmp_path, attack, monkeypatch):
-    # transformers 4.46 saves numpy's random state, which the default of torch >= 2.6 refuses to load.
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+def test_resume_is_bit_equal_to_an_uninterrupted_run(tmp_path, attack):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2} | attack
     whole = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path / "a", **settings), train_dataset=examples(40))
     whole.train()

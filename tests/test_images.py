@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_faults import flags
 from torch import nn
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification, default_data_collator, set_seed
 
-from fgm_trainer import FGSM, PGD, AdversarialTrainer, AdversarialTrainingArguments, Noise
+from fgm_trainer import FGSM, PGD, AdversarialTrainer, Noise
 from fgm_trainer.clipping import valid_range
 from fgm_trainer.raw import Adversary
 from fgm_trainer.robustness import evaluate_robustness
@@ -67,22 +68,9 @@ def watched(model):
     return seen
 
 
-def flags(path, kind=AdversarialTrainingArguments, **settings):
-    common = {
-        "output_dir": str(path),
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "use_cpu": True,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    return kind(**common | settings)
-
-
 def pixel_flags(path, **settings):
-    return flags(path, **{"adv_target": "pixel_values", "adv_clip": [0.0, 1.0], "adv_norm": "linf"} | settings)
+    own = {"max_steps": 3, "adv_target": "pixel_values", "adv_clip": [0.0, 1.0], "adv_norm": "linf"}
+    return flags(path, **own | settings)
 
 
 def trainer_on(path, normalisation, dtype=torch.float32, **settings):
@@ -281,10 +269,9 @@ def test_a_target_keeps_its_own_range(tmp_path):
     place.clip = valid_range((0, 1), make_processor(ODD))
     model = tiny_vit(3)
     seen = watched(model)
-    AdversarialTrainer(
-        model=model, args=flags(tmp_path, TrainingArguments), train_dataset=images(ODD), attack=FGSM(epsilon=0.5),
-        target=place,
-    ).train()  # fmt: skip
+    args = flags(tmp_path, TrainingArguments, max_steps=3)
+    attack = FGSM(epsilon=0.5)
+    AdversarialTrainer(model=model, args=args, train_dataset=images(ODD), attack=attack, target=place).train()
     assert len(seen) == 6
     assert outside(seen, *place.clip) == 0
 

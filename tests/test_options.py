@@ -14,24 +14,6 @@ from fgm_trainer.inspection import mean_embedding_norm
 from fgm_trainer.trainer import STATE_FILE
 
 
-@pytest.fixture
-def _resumable(monkeypatch):
-    # transformers 4.46 saves numpy's random state, which the default of torch >= 2.6 refuses to load.
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-
-
-resumable = [
-    pytest.mark.usefixtures("_resumable"),
-    pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD:UserWarning"),
-]
-
-
-def marked(test):
-    for mark in resumable:
-        test = mark(test)
-    return test
-
-
 def trained(path, attack=None, data=None, model=None, **settings):
     model = model or tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     trainer = AdversarialTrainer(
@@ -76,7 +58,7 @@ def test_the_unit_counts_the_scale_of_the_lookup():
     assert mean_embedding_norm(model) == pytest.approx(3 * plain)
 
 
-@marked
+@pytest.mark.usefixtures("resumable")
 def test_the_unit_is_measured_once_and_travels_with_the_checkpoint(tmp_path):
     settings = {"adv_epsilon_unit": "embedding", "save_strategy": "steps", "save_steps": 2}
     attack = FGM(epsilon=2.0)
@@ -246,7 +228,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, settings, message):
 KEEPING = [TokenAware(epsilon=1.0), SMART(epsilon=0.5, step_size=0.5, sigma=0.1, bregman=1.0)]
 
 
-@marked
+@pytest.mark.usefixtures("resumable")
 @pytest.mark.parametrize("attack", KEEPING, ids=lambda a: a.name)
 def test_resume_with_a_memory_is_bit_equal(tmp_path, attack):
     settings = {"save_strategy": "steps", "save_steps": 2}
