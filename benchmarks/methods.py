@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, TrainingArguments
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from by_hand import by_hand
+from candidates import LowPrecisionLook, Remembered, ShallowLook
 from demo import GROUP_BY_LENGTH, by_length, encode, new_model
 from machine import machine, versions
 from reviews import load_reviews, pretrained_model
@@ -39,29 +41,61 @@ from fgm_trainer import (
     Attack,
     FreeLB,
     Noise,
+    PartialFGM,
     TokenAware,
 )
 from fgm_trainer.robustness import evaluate_robustness
 
+
 # Lengths are such that one snippet moves by about 0.2, as in the demo, where the method has no published size.
-METHODS: dict[str, Attack] = {
-    "stock": FGM(epsilon=0.0),
-    "noise": Noise(epsilon=0.2, scope="example"),
-    "fgm": FGM(epsilon=0.2, scope="example"),
-    "fgm, vocabulary": FGM(epsilon=1.0),
-    "fgm, adversarial only": FGM(epsilon=0.2, scope="example", clean_weight=0.0),
-    "fgsm": FGSM(epsilon=0.002),
-    "pgd": PGD(epsilon=0.2, scope="example"),
-    "freelb": FreeLB(),
-    "freelb, clean": FreeLB(clean=True),
-    "token_aware": TokenAware(),
-    "vat": VAT(),
-    "smart, published": SMART(),
-    "smart, 0.002": SMART(epsilon=0.002, step_size=0.002, weight=5.0),
-    "alum": ALUM(),
-    "r3f": R3F(),
-    "awp": AWP(),
+@dataclass(frozen=True)
+class Method:
+    """What is trained with.
+
+    Args:
+        attack: the attack; None for a trainer that has none.
+        trainer: which takes it.
+        every: attack every k-th step.
+    """
+
+    attack: Attack | None
+    trainer: type[Trainer] = AdversarialTrainer
+    every: int = 1
+
+
+METHODS: dict[str, Method] = {
+    "stock": Method(FGM(epsilon=0.0)),
+    "noise": Method(Noise(epsilon=0.2, scope="example")),
+    "fgm": Method(FGM(epsilon=0.2, scope="example")),
+    "fgm, vocabulary": Method(FGM(epsilon=1.0)),
+    "fgm, adversarial only": Method(FGM(epsilon=0.2, scope="example", clean_weight=0.0)),
+    "fgsm": Method(FGSM(epsilon=0.002)),
+    "pgd": Method(PGD(epsilon=0.2, scope="example")),
+    "freelb": Method(FreeLB()),
+    "freelb, clean": Method(FreeLB(clean=True)),
+    "token_aware": Method(TokenAware()),
+    "vat": Method(VAT()),
+    "smart, published": Method(SMART()),
+    "smart, 0.002": Method(SMART(epsilon=0.002, step_size=0.002, weight=5.0)),
+    "alum": Method(ALUM()),
+    "r3f": Method(R3F()),
+    "awp": Method(AWP()),
 }
+ALONE = FGM(epsilon=0.2, scope="example", clean_weight=0.0)
+# Cheaper than two passes.
+CANDIDATES: dict[str, Method] = {
+    "every 2nd step": Method(FGM(epsilon=0.2, scope="example"), every=2),
+    "every 3rd step": Method(FGM(epsilon=0.2, scope="example"), every=3),
+    "every 3rd step, 0.3": Method(FGM(epsilon=0.3, scope="example"), every=3),
+    "a third, 0.3": Method(PartialFGM(epsilon=0.3, share=1 / 3)),
+    "0.45, 0.3": Method(PartialFGM(epsilon=0.3, share=0.45)),
+    "0.45, 0.4": Method(PartialFGM(epsilon=0.4, share=0.45)),
+    "all, in bf16": Method(ALONE, LowPrecisionLook),
+    "all, half of the layers": Method(ALONE, ShallowLook),
+    "0.8, half of the layers": Method(PartialFGM(epsilon=0.2, share=0.8), ShallowLook),
+    "remembered": Method(None, Remembered),
+}
+ALL = METHODS | CANDIDATES
 
 
 @dataclass
@@ -69,7 +103,7 @@ class BenchmarkArguments:
     """What is measured."""
 
     parts: list[str] = field(metadata={"help": "`cost`, `effect`, `table`."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Names, as in the table."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Names, or `candidates`."})
     seed: int = field(default=0, metadata={"help": "Seed of the head, the order of the data and the dropout."})
     rounds: int = field(default=7, metadata={"help": "Rounds of the timing."})
     train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
@@ -77,43 +111,26 @@ class BenchmarkArguments:
     output: str = field(default="runs/methods", metadata={"help": "Where the figures go."})
 
 
-class OneStep(AdversarialTrainer):
-    """A trainer whose steps are taken one by one."""
-
-    def start(self, batch: dict[str, Any]) -> None:
-        """Makes optimizer and model ready."""
-        self.create_optimizer_and_scheduler(num_training_steps=1000)
-        self.model_wrapped, self._batch = self.model, batch
-        self.state.max_steps = 1000
-        self.current_gradient_accumulation_steps = 1
-
-    def step(self) -> float:
-        """Processor seconds of one optimizer step, which other work on the machine does not lengthen."""
-        begin = time.process_time()
-        self.training_step(self.model, dict(self._batch))
-        self.optimizer.step()
-        self.model.zero_grad()
-        seconds = time.process_time() - begin
-        self.state.global_step += 1
-        if self._place is not None:
-            # The model is every trainer's: the next one shall not run through this one's hooks.
-            self._place.detach()
-        return seconds
-
-
 def cost(args: BenchmarkArguments, folder: Path, train: list[dict[str, Any]], collate: Any) -> None:
     """Times steps in turn."""
-    batch = collate(by_length(train)[len(train) // 2 :][:16])
-    trainers, model = {}, new_model(folder, args.seed)
+    batch = dict(collate(by_length(train)[len(train) // 2 :][:16]))
+    model = new_model(folder, args.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7)
+    optimizers = (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    steps = {}
     for name in dict.fromkeys(["stock", *args.methods]):
-        trainers[name] = OneStep(model=model, args=quiet(args), attack=METHODS[name])
-        trainers[name].start(batch)
+        method = ALL[name]
+        attack = {} if method.attack is None else {"attack": method.attack}
+        steps[name] = by_hand(method.trainer, model, batch, args.output, optimizers=optimizers, **attack)
     rounds = []
     for number in range(args.rounds + 1):
-        seconds = {name: trainer.step() for name, trainer in trainers.items()}
+        seconds = {name: sum(one.times(time.process_time)) for name, one in steps.items()}
+        for name in steps:
+            # The other steps are the stock Trainer's.
+            seconds[name] = seconds["stock"] + (seconds[name] - seconds["stock"]) / ALL[name].every
         if number:  # the first makes the optimizer's state
             rounds.append({name: value / seconds["stock"] for name, value in seconds.items()})
-    ratios = {name: sorted(r[name] for r in rounds) for name in trainers}
+    ratios = {name: sorted(r[name] for r in rounds) for name in steps}
     figures = {
         "machine": machine(),
         "versions": versions(),
@@ -128,22 +145,20 @@ def cost(args: BenchmarkArguments, folder: Path, train: list[dict[str, Any]], co
 def effect(args: BenchmarkArguments, folder: Path, train: list[dict[str, Any]], test: Any, collate: Any) -> None:
     """Trains with each method and attacks what came of it."""
     for name in args.methods:
+        method = ALL[name]
         flags = AdversarialTrainingArguments(
             num_train_epochs=1,
             per_device_train_batch_size=16,
             learning_rate=1e-4,
             seed=args.seed,
             adv_warmup=0.5,
+            adv_every=method.every,
             **common(args),
             **GROUP_BY_LENGTH,
         )
-        trainer = AdversarialTrainer(
-            model=new_model(folder, args.seed),
-            args=flags,
-            attack=METHODS[name],
-            train_dataset=train,
-            data_collator=collate,
-        )
+        attack = {} if method.attack is None else {"attack": method.attack}
+        model = new_model(folder, args.seed)
+        trainer = method.trainer(model=model, args=flags, train_dataset=train, data_collator=collate, **attack)
         trainer.train()
         many, few = by_length(test[:1000]), by_length(test[: args.test_samples])
         parts = {"collate_fn": collate, "progress": False, "seed": args.seed}
@@ -151,7 +166,7 @@ def effect(args: BenchmarkArguments, folder: Path, train: list[dict[str, Any]], 
         report = evaluate_robustness(trainer.model, few, [PGD(steps=10)], [0.1, 0.2, 0.4], **parts)
         last = [line for line in trainer.state.log_history if "adv_delta_norm" in line][-1:]
         figures = {
-            "settings": METHODS[name].settings(),
+            "settings": method.attack.settings() if method.attack else {},
             "clean": clean,
             "pgd-10": dict(zip(map(str, report.epsilons), report.scores["pgd-10"], strict=True)),
             "log": last,
@@ -193,11 +208,6 @@ def common(args: BenchmarkArguments) -> dict[str, Any]:
     }
 
 
-def quiet(args: BenchmarkArguments) -> TrainingArguments:
-    """Training arguments of a trainer whose steps are taken by hand."""
-    return TrainingArguments(**common(args), max_steps=1000)
-
-
 def write(args: BenchmarkArguments, name: str, figures: dict[str, Any]) -> None:
     """One file of figures."""
     path = Path(args.output)
@@ -211,6 +221,8 @@ def main() -> None:
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(
         ["--parts", *argv] if argv and not argv[0].startswith("-") else argv
     )
+    if args.methods == ["candidates"]:
+        args.methods = ["stock", "fgm", "fgm, adversarial only", *CANDIDATES]
     if {"cost", "effect"} & set(args.parts):
         folder, reviews = pretrained_model(), load_reviews()
         tokenizer = AutoTokenizer.from_pretrained(folder)

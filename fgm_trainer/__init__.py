@@ -2,7 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .attacks import ALUM, AWP, FGM, FGSM, PGD, R3F, SMART, VAT, Attack, FreeLB, Noise, TokenAware, register
+from .attacks import (
+    ALUM,
+    AWP,
+    FGM,
+    FGSM,
+    PGD,
+    R3F,
+    SMART,
+    VAT,
+    Attack,
+    FreeLB,
+    Noise,
+    PartialFGM,
+    TokenAware,
+    register,
+)
 
 if TYPE_CHECKING:
     from .arguments import AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
@@ -27,6 +42,7 @@ __all__ = [
     "Attack",
     "FreeLB",
     "Noise",
+    "PartialFGM",
     "TokenAware",
     "register",
 ]

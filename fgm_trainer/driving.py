@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .attacks import Answer, Attack, Glance, Look
 from .inspection import mean_embedding_norm
 from .objective import Outputs, detached, divergence, logits_of, problem_of, relabelled
-from .passes import Pass
+from .passes import Earlier, Pass
 from .target import Target, glance, look
 
 EPSILON_UNITS = ("absolute", "embedding")
@@ -46,6 +46,9 @@ def answer_look(
     outputs: Outputs = ()
     against = request.against if isinstance(request, Look) else ()
     own = model
+    if request.rows is not None:
+        size = examples_in(inputs)
+        inputs, given = (rows_of(batch, request.rows, size) for batch in (inputs, given))
     if isinstance(request, Look) and request.label is not None:
         inputs = relabelled(inputs, request.label, given)
     if isinstance(request, Glance) and request.weights:
@@ -70,6 +73,19 @@ def answer_look(
 def answer_from(seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) -> Answer:
     """What an attack is told of a pass."""
     return Answer(gradient, seen.units(), loss, seen.like(), outputs, seen.ids())
+
+
+def examples_in(batch: Mapping[str, Any]) -> int:
+    """How many examples a batch has: the length of its first tensor."""
+    return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
+
+
+def rows_of(batch: Mapping[str, Any], chosen: Tensor, size: int) -> dict[str, Any]:
+    """The batch with the chosen examples alone; what has not one entry for each of the `size` examples stays."""
+    return {
+        k: v[chosen.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
+        for k, v in batch.items()
+    }
 
 
 class _Reweighted(nn.Module):
@@ -104,6 +120,15 @@ def unit_of(name: str, model: nn.Module) -> float:
     if name not in EPSILON_UNITS:
         raise ValueError(f"epsilon_unit must be one of {', '.join(EPSILON_UNITS)}; found {name!r}.")
     return mean_embedding_norm(model) if name == "embedding" else 1.0
+
+
+def earlier_passes(place: Target, accelerator: Any) -> Earlier | None:
+    """Where the passes of one micro-batch keep what they owe the lookup's weight; None where each has to send it on.
+
+    Engines that reduce the gradients of every pass expect each weight's in each of them.
+    """
+    kind = getattr(getattr(accelerator, "distributed_type", None), "value", None)
+    return Earlier() if place.can_wait and kind not in ("DEEPSPEED", "FSDP") else None
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import Attack, Step
-from .driving import unit_of
+from .driving import examples_in, unit_of
 from .objective import logits_of
 from .plotting import plot_epsilon
 from .robustness import LossOf, bar, evaluating, model_loss, on_device, under_attack
@@ -231,7 +231,8 @@ def _clean(model: nn.Module, batch: Batch, attack: Attack, loss_of: LossOf) -> _
 def _attacked(
     model: nn.Module, place: Target, batch: Batch, attack: Attack, seed: int, scope: str, loss_of: LossOf
 ) -> _Point:
-    loss, outputs, seen = under_attack(model, place, batch, attack, Step(attack.epsilon, seed), scope, loss_of)
+    step = Step(attack.epsilon, seed, examples=examples_in(batch))
+    loss, outputs, seen = under_attack(model, place, batch, attack, step, scope, loss_of)
     return _Point(loss.item(), _accuracy(outputs, batch), seen.row_norms()[1].mean().item(), _size(batch))
 
 

@@ -233,17 +233,17 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
 
 def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
     largest = units.largest(member)
-    usable = (largest > 0) & torch.isfinite(largest)
-    member = torch.where(usable, member, member.new_zeros(()))
+    # Compared rather than asked with `isfinite`: NaN is neither.
+    usable = (largest > 0) & (largest < math.inf)
+    zero = member.new_zeros(())
     if norm == "none":
-        return member
+        return torch.where(usable, member, zero)
     if norm == "linf":
-        return member.sign()
+        return torch.where(usable, member, zero).sign()
     # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
-    member = member / torch.where(usable, largest, 1.0)
-    if norm == "max":
-        return member
-    return member / torch.where(usable, units.euclidean(member), 1.0)
+    member = torch.where(usable, member / largest, zero)
+    # Its length is 1 at least, or 0 where it is not usable.
+    return member if norm == "max" else member / units.euclidean(member).clamp(min=1)
 
 
 def _generator(like: Tensor, seed: int) -> torch.Generator:

@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from .attacks import Answer, Attack, Glance, Look, Step, Train, run
-from .driving import answer_from, answer_look, gradients_stay_local, scaled_as_the_engine_would
+from .driving import (
+    answer_from,
+    answer_look,
+    earlier_passes,
+    examples_in,
+    gradients_stay_local,
+    scaled_as_the_engine_would,
+)
 from .objective import Outputs, detached, divergence, logits_of, problem_of
 from .passes import Pass
 from .randomness import Masks
@@ -51,6 +59,7 @@ class MicroBatch:
         self._trainer, self._attack, self._scope, self._place = trainer, attack, scope, place
         self._model, self._inputs, self._given = model, inputs, given
         self._stock, self._loss_arguments = stock, loss_arguments
+        self._earlier = earlier_passes(place, trainer.accelerator)
         self._masks = Masks(trainer.args.device, trainer._same_dropout)
         self._clean: Tensor | None = None
         self._perturbed: list[Tensor] = []
@@ -59,7 +68,8 @@ class MicroBatch:
     def run(self, step: Step) -> Tensor:
         """All passes. Returns the clean loss as `Trainer` reports it, or where no pass is clean, the first one's."""
         run(self._attack, step, self._train, self._look)
-        mean = sum(self._perturbed, self._perturbed[0].new_zeros(())) / len(self._perturbed)
+        several = len(self._perturbed) > 1
+        mean = torch.stack(self._perturbed).mean(0) if several else self._perturbed[0]
         self._trainer._window.perturbed(mean, self._norms)
         return self._perturbed[0] if self._clean is None else self._clean
 
@@ -78,13 +88,18 @@ class MicroBatch:
             stack.enter_context(self._masks.drawn(request.masks))
             if not last:
                 stack.enter_context(gradients_stay_local(trainer.accelerator, self._model))
-            seen = stack.enter_context(self._place.record(request.delta, gradient=not last, scope=self._scope))
+            chosen = None if request.rows is None else (request.rows, examples_in(self._inputs))
+            recorded = self._place.record(
+                request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
+            )
+            seen = stack.enter_context(recorded)
             found = stack.enter_context(self._measured(seen, request))
             reported = self._stock()
             self._check_forward(seen)
-        loss = found.reported if found.reported is not None else reported / request.weight
+        unweighted = _over(reported, request.weight)
+        loss = unweighted if found.reported is None else found.reported
         if request.delta is None:
-            self._clean = reported / request.weight
+            self._clean = unweighted
         else:
             self._perturbed.append(loss)
             self._norms = seen.row_norms()
@@ -152,7 +167,7 @@ class MicroBatch:
             measure = loss if found.divergence is None else found.divergence
             if measure.requires_grad:
                 measure.register_hook(found.scale.append)
-            loss = loss * request.weight
+            loss = loss if request.weight == 1 else loss * request.weight
             return (loss, outputs) if asked else loss
 
         def with_divergence(loss: Tensor, **kwargs: Any) -> None:
@@ -188,6 +203,11 @@ class _Found:
         self.reported: Tensor | None = None
         self.outputs: Outputs = ()
         self.divergence: Tensor | None = None
+
+
+def _over(loss: Tensor, weight: float) -> Tensor:
+    # Python's cost of a step is counted in such operations.
+    return loss if weight == 1 else loss / weight
 
 
 @contextmanager

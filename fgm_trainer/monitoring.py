@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,50 +14,55 @@ from .schedule import Schedule
 logger = logging.get_logger(__name__)
 
 
+# How many micro-batches' figures are kept before they become one.
+_KEPT = 1024
+
+
 class LogWindow:
-    """What the steps since the last log line add up to, on the device: nothing is read before the line is written."""
+    """What the steps since the last log line add up to, on the device: nothing is read before the line is written.
+
+    A step puts its figures down; they are added up when the line is written, so that a step costs no more than that.
+    """
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self._steps = 0
-        self._rows = 0
-        self._sums: Tensor | None = None
-        self._bad: list[Tensor] = []
+        # Of each step the largest entry of its gradients: not finite where one of them is not.
+        self._largest: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._norms: list[tuple[Tensor, Tensor]] = []
+        self._older_sums: list[Tensor] = []
         self._older_bad: list[Tensor] = []
 
-    def begin(self, first: bool, device: torch.device) -> None:
+    def begin(self, first: bool) -> None:
         """A micro-batch is attacked; `first` where it is the first of its optimizer step."""
-        if self._sums is None:
-            self._sums = torch.zeros(3, dtype=torch.float32, device=device)
-        if first or not self._bad:
+        if first or not self._steps:
+            if len(self._losses) >= _KEPT:
+                self._fold()
             self._steps += 1
-            if len(self._bad) == 1024:
-                # No log line for long: one tensor in place of many.
-                self._older_bad.append(torch.stack(self._bad))
-                self._bad = []
-            self._bad.append(torch.zeros((), dtype=torch.float32, device=device))
 
     def gradient(self, gradient: Tensor) -> None:
-        """A gradient arrived; it counts as bad where an entry is not finite."""
-        self._bad[-1] = torch.maximum(self._bad[-1], (~torch.isfinite(gradient).all()).float())
+        """A gradient arrived; its step counts as skipped where an entry is not finite."""
+        largest = torch.linalg.vector_norm(gradient, math.inf)
+        if len(self._largest) == self._steps - sum(map(len, self._older_bad)):
+            # A further one of the same step.
+            largest = torch.maximum(self._largest.pop(), largest)
+        self._largest.append(largest)
 
     def perturbed(self, loss: Tensor, norms: tuple[Tensor, Tensor] | None) -> None:
         """A perturbed pass: its loss, and the row norms of tensor and perturbation where it was the last."""
-        assert self._sums is not None
-        self._sums[0] += loss.sum()
+        self._losses.append(loss)
         if norms is not None:
-            values, deltas = norms
-            self._rows += len(deltas)
-            self._sums[1] += deltas.sum()
-            self._sums[2] += torch.where(values > 0, deltas / values, 0.0).sum()
+            self._norms.append(norms)
 
     def close(self, accelerator: Any) -> dict[str, float]:
         """The figures of the window, over all processes; nothing where no step was attacked."""
-        if self._sums is None:
+        if not self._losses and not self._older_sums:
             return {}
-        rows = self._sums.new_tensor([float(self._rows)])
-        sums = accelerator.reduce(
-            torch.cat([self._sums, rows, *self._older_bad, torch.stack(self._bad)]), reduction="sum"
-        )
+        self._fold()
+        sums = accelerator.reduce(torch.cat([sum(self._older_sums[1:], self._older_sums[0]), *self._older_bad]), "sum")
         loss, delta, ratio, count, *bad = sums.tolist()
         figures = {
             "adv_loss": loss / self._steps / accelerator.num_processes,
@@ -64,8 +70,18 @@ class LogWindow:
             "adv_delta_ratio": ratio / max(count, 1),
             "adv_skipped": float(sum(b > 0 for b in bad)),
         }
-        self._steps, self._rows, self._sums, self._bad, self._older_bad = 0, 0, None, [], []
+        self._clear()
         return figures
+
+    def _fold(self) -> None:
+        """Makes sums of what is kept one by one."""
+        losses = torch.stack([loss.sum().float() for loss in self._losses])
+        values, deltas = (torch.cat(each) for each in zip(*self._norms, strict=True))
+        ratios = torch.where(values > 0, deltas / values, 0.0)
+        rows = losses.new_tensor(float(len(deltas)))
+        self._older_sums.append(torch.stack([losses.sum(), deltas.sum(), ratios.sum(), rows]))
+        self._older_bad.append((~torch.isfinite(torch.stack(self._largest))).float())
+        self._losses, self._norms, self._largest = [], [], []
 
 
 class CollapseWatch:

@@ -1,7 +1,8 @@
 """What one forward pass met at its target, as one tensor.
 
 The value goes on through the model as `value + leaf`. In a pass that only asks for the gradient the leaf is zero; in
-an adversarial pass it is the perturbation. After the backward pass `leaf.grad` is the gradient.
+an adversarial pass it is the perturbation. After the backward pass `leaf.grad` is the gradient. Where a lookup's weight
+gets its gradient from the last pass of a step alone, the leaf of an earlier one is the moved value itself.
 """
 
 from __future__ import annotations
@@ -38,6 +39,21 @@ class Met:
 Draw = Callable[[Met], Tensor]
 
 
+class Earlier:
+    """What the earlier passes of a step owe the lookup's weight: gradients of its output, (rows, positions, dimension).
+
+    The lookup is linear and sees the same ids in every pass, so the last pass can send their sum on: the weight's
+    gradient, (V, D), is written once a step and not once a pass.
+    """
+
+    def __init__(self) -> None:
+        self.gradient: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds one pass's, as the engine scaled it."""
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+
+
 class Pass:
     """What one forward pass met at the target: its calls, in order, as one tensor.
 
@@ -62,6 +78,8 @@ class Pass:
     ) -> None:
         self._delta, self._wanted, self._scope = delta, gradient, scope
         self._padding_id, self._clip = padding_id, clip
+        self._chosen: tuple[Tensor, int] | None = None
+        self._earlier: Earlier | None = None
         # The attention mask of the call in progress, (rows, positions): true where there is a token.
         self.mask: Tensor | None = None
         self._leaves: list[Tensor] = []
@@ -70,17 +88,30 @@ class Pass:
         self._tokens: list[Tensor | None] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
         self._vocabulary_size = 0
-        self._row = 0
+        self._row = self._used = 0
         self.calls = 0
         self.forward_done = False
+
+    def part_of(self, chosen: tuple[Tensor, int] | None, earlier: Earlier | None) -> None:
+        """Says what the pass is a part of.
+
+        Args:
+            chosen: the numbers of the examples that the perturbation is of, (chosen,), and how many examples there
+                are; the others stay clean.
+            earlier: where given, a pass whose gradient is wanted keeps it here in place of sending it on to the
+                lookup's weight, and the last pass sends it on.
+        """
+        self._chosen, self._earlier = chosen, earlier
 
     def meet(self, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
         """Called by the target's hook: the value that goes on through the model in place of `value`."""
         if not value.is_floating_point():
             raise TypeError(f"A perturbation can be added to floating-point numbers only; the target is {value.dtype}.")
         if self.forward_done:
-            return value + self._again(value)
+            return self._again(value)
         self.calls += 1
+        rows = slice(self._row, self._row + value.shape[0])
+        self._row = rows.stop
         tokens = self._find_tokens(value, ids)
         self._ids.append(ids)
         self._tokens.append(tokens)
@@ -92,11 +123,18 @@ class Pass:
             if self._clip is not None:
                 delta = _inside(value.detach() + delta, *self._clip) - value.detach()
         self._deltas.append(delta)
+        if self._earlier is not None and not self._wanted:
+            self._send_on(value, rows)
         if self._delta is None and not self._wanted:
             self._leaves.append(delta)
             return value
         if self._delta is not None:
             self._norms.append((_row_norms(value, tokens), _row_norms(delta, tokens)))
+        if self._wanted and self._earlier is not None:
+            # The way back ends here.
+            leaf = (value if self._delta is None else value + delta).detach().requires_grad_()
+            self._leaves.append(leaf)
+            return leaf
         leaf = delta
         if self._wanted:
             leaf = (torch.zeros_like(value) if self._delta is None else delta).detach().requires_grad_()
@@ -109,9 +147,9 @@ class Pass:
 
     def check(self) -> None:
         """Raises RuntimeError unless every row of the perturbation was used."""
-        if isinstance(self._delta, Tensor) and self._row != self._delta.shape[0]:
+        if isinstance(self._delta, Tensor) and self._used != self._delta.shape[0]:
             raise RuntimeError(
-                f"The first pass met {self._delta.shape[0]} rows at the target and this one {self._row}: the model "
+                f"The first pass met {self._delta.shape[0]} rows at the target and this one {self._used}: the model "
                 "must call the target equally often in every pass of a step."
             )
 
@@ -130,7 +168,10 @@ class Pass:
         pairs = zip(gradients, self._leaves, strict=True)
         stacked = _stack([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs])
         # A loss scale is divided out next, and what is left may be zero in float16.
-        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+        stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+        if self._earlier is not None:
+            self._earlier.add(stacked)
+        return stacked
 
     def units(self) -> Units:
         """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
@@ -173,22 +214,38 @@ class Pass:
 
     def _again(self, value: Tensor) -> Tensor:
         """Gradient checkpointing runs a layer's forward again inside the backward pass: the same leaf is added."""
-        if self._delta is None and not self._wanted:
-            return value.new_zeros(())
+        if self._delta is None and not self._wanted and self._earlier is None:
+            return value
         if len(self._leaves) != 1:
             raise RuntimeError(
                 f"The target is called {len(self._leaves)} times inside checkpointed layers, so a recomputation can't "
                 "tell which call it repeats. Turn gradient checkpointing off or choose another adv_target."
             )
-        return self._leaves[0]
+        if self._wanted and self._earlier is not None:
+            return self._leaves[0]
+        if self._earlier is not None:
+            self._send_on(value, slice(0, value.shape[0]))
+        return value + self._leaves[0]
+
+    def _send_on(self, value: Tensor, rows: slice) -> None:
+        """Adds what earlier passes kept to the gradient that this pass sends to the lookup."""
+        assert self._earlier is not None
+        if self._earlier.gradient is None or not value.requires_grad:
+            return
+        part = self._earlier.gradient[rows]
+        part = part if part.dim() < 3 else part[:, : value.shape[1]]
+        value.register_hook(lambda gradient: gradient + part.to(gradient.dtype))
 
     def _own_part(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
         if not isinstance(delta, Tensor):
             units = self._units([value], [ids], [tokens])
             return delta(Met(value.detach(), units, ids, self._vocabulary_size, self.calls - 1))
-        rows = slice(self._row, self._row + value.shape[0])
-        self._row += value.shape[0]
+        count = value.shape[0] if self._chosen is None else len(self._chosen[0])
+        rows = slice(self._used, self._used + count)
+        self._used = rows.stop
         part = delta[rows] if delta.dim() < 3 else delta[rows, : value.shape[1]]
+        if self._chosen is not None:
+            part = _among_all(part, *self._chosen, value)
         if part.shape != value.shape:
             raise RuntimeError(
                 f"The target's tensor has shape {tuple(value.shape)} but its perturbation has {tuple(part.shape)}: the "
@@ -209,6 +266,16 @@ class Pass:
         return None
 
 
+def _among_all(part: Tensor, chosen: Tensor, examples: int, value: Tensor) -> Tensor:
+    """The perturbation of the chosen examples in the shape of the whole tensor, zero for the others."""
+    if value.shape[0] != examples or part.shape != (len(chosen), *value.shape[1:]):
+        raise RuntimeError(
+            f"A part of the batch can be perturbed where the target has one row an example; here {examples} examples "
+            f"are {value.shape[0]} rows. Choose a method that perturbs them all, such as adv_method='fgm'."
+        )
+    return part.new_zeros(value.shape).index_copy_(0, chosen.to(part.device), part)
+
+
 def _inside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     for bound in (low, high):
         # A range of three channels would silently make three channels of one.
@@ -227,7 +294,7 @@ def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(values.detach(), dim=-1, dtype=dtype)
     if tokens is not None:
         norms = norms * tokens
-    return norms if norms.dim() < 2 else norms.flatten(1).norm(dim=1)
+    return norms if norms.dim() < 2 else torch.linalg.vector_norm(norms.flatten(1), dim=1)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -18,6 +18,8 @@ from .attacks import Answer, Glance, Look, Step, Train, run
 from .driving import (
     answer_from,
     answer_look,
+    earlier_passes,
+    examples_in,
     gradients_stay_local,
     refuse_spread_weights,
     scaled_as_the_engine_would,
@@ -269,7 +271,8 @@ class Adversary:
         self._steps_next = self._accelerator is None or self._accelerator.sync_gradients
         passes = _Passes(self, inputs, batch, loss_of)
         scaled = replace(self._attack, epsilon=epsilon).in_units(self._unit)
-        run(scaled, Step(scaled.epsilon, self._next_seed(), self._memory), passes.train, passes.look)
+        step = Step(scaled.epsilon, self._next_seed(), self._memory, examples_in(inputs))
+        run(scaled, step, passes.train, passes.look)
         return passes.losses[0]
 
     def close(self) -> None:
@@ -298,14 +301,18 @@ class _Passes:
     ) -> None:
         self._owner, self._inputs, self._given, self._loss_of = adversary, inputs, given, loss_of
         self._masks = Masks(next(adversary._inner.parameters()).device)
+        self._earlier = earlier_passes(adversary._place, adversary._accelerator)
         self.losses: list[Tensor] = []
 
     def train(self, request: Train, last: bool) -> Answer | None:
         owner = self._owner
         scale: list[Tensor] = []
         local = nullcontext() if last else gradients_stay_local(owner._accelerator, owner._model)
-        wanted = owner._place.record(request.delta, gradient=not last, scope=owner._scope)
-        with self._masks.drawn(request.masks), local, wanted as seen:
+        chosen = None if request.rows is None else (request.rows, examples_in(self._inputs))
+        recorded = owner._place.record(
+            request.delta, gradient=not last, scope=owner._scope, chosen=chosen, earlier=self._earlier
+        )
+        with self._masks.drawn(request.masks), local, recorded as seen:
             loss, found = _pair(self._loss_of(owner._model, self._inputs))
             outputs = logits_of(found) if owner._attack.reads_outputs else ()
             owner._place.forward_ended(seen, self._inputs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import FGM, PGD, Answer, Attack, Glance, Look, Noise, Step, Train, run
-from .driving import answer_look, unit_of
+from .driving import answer_look, examples_in, rows_of, unit_of
 from .passes import Pass
 from .target import Target
 from .targets import find_target
@@ -142,9 +142,9 @@ def _attacked(
     standing = now.right.nonzero().flatten()
     if not len(standing) or epsilon == 0:
         return now
-    part = _rows(batch, standing, len(now.right))
+    part = rows_of(batch, standing, len(now.right))
     scope = place.settle(attack.scope, "example")
-    _, outputs, _ = under_attack(model, place, part, attack, Step(epsilon, seed), scope)
+    _, outputs, _ = under_attack(model, place, part, attack, Step(epsilon, seed, examples=len(standing)), scope)
     after = _judge(_checked(outputs, part["labels"]), part["labels"])
     worse = after.error > now.error[standing]
     right, error, prediction = now.right.clone(), now.error.clone(), now.prediction.clone()
@@ -187,7 +187,8 @@ def under_attack(
         answer = None if last else look_(Look(request.delta))
         if request.delta is not None:
             delta = request.delta if answer is None else answer.delta
-            with place.record(delta, gradient=False, scope=scope) as seen, torch.no_grad():
+            chosen = None if request.rows is None else (request.rows, examples_in(inputs))
+            with place.record(delta, gradient=False, scope=scope, chosen=chosen) as seen, torch.no_grad():
                 found[:] = [(*(loss_of or model_loss)(model, inputs), seen)]
                 place.forward_ended(seen, inputs)
         return answer
@@ -299,13 +300,6 @@ def bar(items: Sequence[Any], progress: bool, label: str) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=label)
-
-
-def _rows(batch: Mapping[str, Any], chosen: Tensor, size: int) -> dict[str, Any]:
-    return {
-        k: v[chosen.to(v.device)] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v
-        for k, v in batch.items()
-    }
 
 
 def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .inspection import is_compiled
-from .passes import Draw, Pass
+from .passes import Draw, Earlier, Pass
 
 
 class Target:
@@ -35,6 +35,8 @@ class Target:
         self._padding_id: int | None = None
         self._positions_first = False
         self.model: nn.Module | None = None
+        # Whether all that is behind the target is a lookup, whose gradient can wait for the last pass of a step.
+        self.can_wait = False
         # The valid range, which a perturbed tensor does not leave: two tensors that broadcast against it.
         self.clip: tuple[Tensor, Tensor] | None = None
 
@@ -79,12 +81,21 @@ class Target:
         """Removes every hook."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.model, self._pass = [], None, None
+        self._handles, self.model, self._pass, self.can_wait = [], None, None, False
 
     @contextmanager
-    def record(self, delta: Tensor | Draw | None = None, *, gradient: bool, scope: str = "example") -> Iterator[Pass]:
+    def record(
+        self,
+        delta: Tensor | Draw | None = None,
+        *,
+        gradient: bool,
+        scope: str = "example",
+        chosen: tuple[Tensor, int] | None = None,
+        earlier: Earlier | None = None,
+    ) -> Iterator[Pass]:
         """One pass: inside, the target's tensor is moved by `delta`; the yielded `Pass` says what was met."""
         self._pass = self._new_pass(delta, gradient, scope)
+        self._pass.part_of(chosen, earlier)
         try:
             yield self._pass
         finally:

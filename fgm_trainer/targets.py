@@ -67,6 +67,7 @@ class EmbeddingOutput(Target):
             tokens = True
         # Position and type ids look up as well, and their 0 is no padding.
         self._padding_id = padding_id_of(model) if tokens else None
+        self.can_wait = all(isinstance(m, nn.Embedding) and not _is_sharded(m.weight) for m in lookups)
         hook = outside_graphs(self._on_lookup)
         handles += self._watch_masks(model, lookups)
         return handles + [m.register_forward_hook(hook, with_kwargs=True) for m in lookups]
@@ -184,3 +185,7 @@ def _looks_tokens_up(model: nn.Module, lookup: nn.Module) -> bool:
     except ValueError:
         # The model does not name its input embedding; whoever named this one may mean it.
         return True
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Attack, Memory, Step
 from .clipping import valid_range
-from .driving import unit_of
+from .driving import examples_in, unit_of
 from .microbatch import MicroBatch
 from .monitoring import CollapseWatch, LogWindow
 from .refusals import refuse
@@ -76,6 +76,7 @@ class AdversarialTrainerMixin(_Base):
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
                 "Leave one out."
             )
+        self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         self._given_attack, self._given_target, self._given_schedule = attack, target, epsilon_schedule
         self._configure()
         self._place: Target | None = None
@@ -153,10 +154,10 @@ class AdversarialTrainerMixin(_Base):
                 loss = batch.check()
             else:
                 first = self._next_position() == 0
-                self._window.begin(first, self.args.device)
+                self._window.begin(first)
                 if first:
                     self._settle_memory()
-                loss = batch.run(Step(factor * attack.epsilon, self._seed(), self._memory))
+                loss = batch.run(Step(factor * attack.epsilon, self._seed(), self._memory, examples_in(inputs)))
                 self._memory_due = True
             self._checked_batch = True
             return loss
@@ -344,10 +345,11 @@ class AdversarialTrainerMixin(_Base):
 
     def _inner(self, model: nn.Module) -> nn.Module:
         """The model inside the wrappers of the engine and of torch.compile, its autocast kept."""
-        inner = self.accelerator.unwrap_model(model)
-        inner = getattr(inner, "_orig_mod", inner)
-        assert isinstance(inner, nn.Module)
-        return inner
+        # accelerate asks the file system which engines are installed, each time: a millisecond or two.
+        if self._unwrapped is None or self._unwrapped[0] is not model:
+            inner = self.accelerator.unwrap_model(model)
+            self._unwrapped = (model, getattr(inner, "_orig_mod", inner))
+        return self._unwrapped[1]
 
     def _on_its_device(self) -> nn.Module:
         model = self._inner(self.model_wrapped)

@@ -177,6 +177,27 @@ def fgm(norm="l2", *, epsilon, towards=None, weight=1.0, clean_weight=1.0, throu
     return method
 
 
+def partial_fgm(norm="l2", *, epsilon, chosen, weight=1.0):
+    """`chosen(seed, examples)` says which examples are attacked; each is run alone, then the batch once."""
+
+    def method(place, batch, seed, share):
+        delta = place.zero(batch)
+        # A table would move the other examples as well.
+        assert place.scope != "vocabulary"
+        parts = chosen(seed, len(batch["labels"]))
+        taken = {name: values[parts] for name, values in batch.items()}
+        own = place.zero(taken)
+        gradient = place.ascent(lambda moved: place(taken, moved)[0], own)
+        own = epsilon * place.direction(gradient, norm)
+        for number, row in zip(parts, own, strict=True):
+            delta[number] = row
+        loss, _ = place(batch, delta)
+        (share * weight * loss).backward()
+        return loss.item(), loss.item()
+
+    return method
+
+
 def pgd(norm="l2", *, epsilon, steps=3, step_size=None, random_start=False, towards=None):
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
 

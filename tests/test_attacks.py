@@ -1,5 +1,6 @@
 """What every registered attack must keep to, and the driver that runs them."""
 
+import copy
 import inspect
 import itertools
 import re
@@ -41,7 +42,8 @@ class Bench:
         self.direction = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
         entries = shared_entries(self.ids, self.tokens, 9) if scope == "vocabulary" else None
         self.units = Units(scope, self.tokens, entries)
-        self.spoil = spoil
+        # The row that is the first one, by its number in the batch.
+        self.spoil, self.first = spoil, 0
         self.requests, self.deltas, self.lasts, self.losses = [], [], [], []
 
     def loss(self, delta):
@@ -56,11 +58,28 @@ class Bench:
         """The perturbation of a request, whether given or to be drawn."""
         if request.delta is None:
             return torch.zeros_like(self.embeddings)
+        if isinstance(request, Train) and request.rows is not None:
+            return torch.zeros_like(self.embeddings).index_copy(0, request.rows, request.delta.double())
         if isinstance(request.delta, torch.Tensor):
             return request.delta.double()
         return request.delta(Met(self.embeddings, self.units, self.ids, 9, 0)).double()
 
+    def part(self, rows):
+        """The bench with some of its rows, in that order."""
+        part = copy.copy(self)
+        part.ids, part.tokens, part.embeddings, part.direction = (
+            values[rows] for values in (self.ids, self.tokens, self.embeddings, self.direction)
+        )
+        shared = self.units.scope == "vocabulary"
+        entries = shared_entries(part.ids, part.tokens, 9) if shared else None
+        part.units = Units(self.units.scope, part.tokens, entries)
+        part.first = rows.tolist().index(0) if 0 in rows else None
+        return part
+
     def answer(self, request):
+        if getattr(request, "rows", None) is not None:
+            part = self.part(request.rows)
+            return part.answer(replace(request, rows=None))
         delta = self.drawn(request).clone().requires_grad_()
         outputs = self.outputs(delta)
         measured = getattr(request, "against", ())
@@ -68,8 +87,8 @@ class Bench:
         gradient = torch.autograd.grad(loss, delta)[0]
         if isinstance(request, Glance):
             gradient = torch.zeros_like(gradient)
-        elif self.spoil is not None:
-            gradient[0, 0, 0] = self.spoil
+        elif self.spoil is not None and self.first is not None:
+            gradient[self.first, 0, 0] = self.spoil
         self.losses.append(loss.item())
         return Answer(gradient, self.units, loss.detach(), delta.detach(), (outputs.detach(),), self.ids)
 
@@ -87,7 +106,7 @@ class Bench:
         return None if last else self.answer(request)
 
     def run(self, attack, epsilon=None, seed=0):
-        run(attack, Step(attack.epsilon if epsilon is None else epsilon, seed), self.train, self.look)
+        run(attack, Step(attack.epsilon if epsilon is None else epsilon, seed, examples=3), self.train, self.look)
         return self.requests
 
     def moved(self):
@@ -114,6 +133,7 @@ class WeightBench(Bench):
 
 # Those whose published step is far below the epsilon of these tests.
 STEPS = {"smart": {"step_size": 0.1, "sigma": 0.01}, "alum": {"step_size": 10.0, "sigma": 0.01}}
+STEPS["partial_fgm"] = {"share": 1.0}
 
 
 def make(name, norm, scope, epsilon=0.1):

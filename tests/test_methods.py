@@ -88,6 +88,47 @@ def test_fgsm_by_default_is_a_sign_of_every_entry():
     check(model, padded_data(model), None, slow.fgm("linf", epsilon=0.005), adv_method="fgsm")
 
 
+def drawn(share):
+    """The package's convention for which examples are attacked."""
+
+    def chosen(seed, examples):
+        draw = torch.Generator().manual_seed(seed)
+        count = max(1, int(examples * share + torch.rand((), generator=draw).item()))
+        return torch.randperm(examples, generator=draw)[:count]
+
+    return chosen
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("scope", "norm"), [place for place in PLACES if place[0] != "vocabulary"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_partial_fgm(scope, norm, share, accumulate):
+    model = tiny("bert")
+    data, epsilon = padded_data(model), size(scope, norm)
+    method = slow.partial_fgm(norm, epsilon=epsilon, chosen=drawn(share), weight=0.7)
+    flags = {"adv_method": "partial_fgm", "adv_epsilon": epsilon, "adv_norm": norm, "adv_weight": 0.7}
+    check(model, data, scope, method, accumulate=accumulate, adv_kwargs={"share": share}, **flags)
+
+
+def test_the_part_of_a_batch_is_the_share_on_average():
+    counts = [len(drawn(0.3)(seed, 4)) for seed in range(400)]
+    assert set(counts) == {1, 2}
+    assert sum(counts) / 400 == pytest.approx(0.3 * 4, abs=0.1)
+
+
+def test_a_part_of_the_batch_needs_one_row_an_example():
+    model = tiny("bert")
+    data = [{**row, "twice": 1} for row in padded_data(model)]
+
+    class Doubled(AdversarialInOrder):
+        def compute_loss(self, model, inputs, **kwargs):
+            inputs = {name: torch.cat([value, value]) for name, value in inputs.items() if name != "twice"}
+            return super().compute_loss(model, inputs, **kwargs)
+
+    with pytest.raises(RuntimeError, match="4 examples are 8 rows. Choose a method that perturbs them all"):
+        train(model, data, trainer=Doubled, adv_method="partial_fgm")
+
+
 @pytest.mark.parametrize(("scope", "norm"), PLACES)
 def test_pgd_from_a_random_start(scope, norm):
     model = tiny("bert")

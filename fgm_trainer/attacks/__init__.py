@@ -30,6 +30,7 @@ from .fgm import FGM  # noqa: E402
 from .fgsm import FGSM  # noqa: E402
 from .freelb import FreeLB  # noqa: E402
 from .noise import Noise  # noqa: E402
+from .partial_fgm import PartialFGM  # noqa: E402
 from .pgd import PGD  # noqa: E402
 from .r3f import R3F  # noqa: E402
 from .smart import SMART  # noqa: E402
@@ -54,6 +55,7 @@ __all__ = [
     "Look",
     "Memory",
     "Noise",
+    "PartialFGM",
     "Passes",
     "Request",
     "Step",

@@ -29,12 +29,14 @@ class Train:
         weight: factor of the task's loss; 0 for a pass that is measured by divergences alone.
         against: divergences from earlier outputs that are added to the loss.
         masks: passes of a step that have the same name draw the same dropout masks.
+        rows: where given, the examples that a perturbation, a tensor, is of, (chosen,); the others stay clean.
     """
 
     delta: Tensor | Draw | None = None
     weight: float = 1.0
     against: tuple[Against, ...] = ()
     masks: str = ""
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,15 @@ class Look:
         delta, masks: as for `Train`.
         against: where given, the gradient is that of these divergences and not of the task's loss.
         label: where given, the gradient is that of the loss with this label in place of the true one.
+        rows: where given, the examples of the micro-batch that are run, (chosen,); everything here and in the answer is
+            of these alone.
     """
 
     delta: Tensor | Draw | None = None
     against: tuple[Against, ...] = ()
     masks: str = ""
     label: Tensor | int | str | None = None
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,14 @@ class Glance:
     """A forward pass for its outputs alone: no gradient.
 
     Args:
-        delta, masks: as for `Train`.
+        delta, masks, rows: as for `Look`.
         weights: by name, what to use in place of the model's weights.
     """
 
     delta: Tensor | Draw | None = None
     masks: str = ""
     weights: Mapping[str, Tensor] | None = None
+    rows: Tensor | None = None
 
 
 Request = Train | Look | Glance
@@ -115,11 +121,13 @@ class Step:
         epsilon: this step's epsilon, which a schedule may have lowered.
         seed: of whatever is random in this step.
         memory: what `Attack.new_memory` made at the start of the run.
+        examples: how many examples the micro-batch has.
     """
 
     epsilon: float
     seed: int = 0
     memory: Any = None
+    examples: int = 0
 
 
 class Trains(Protocol):
@@ -215,6 +223,8 @@ class Attack:
 
     def in_units(self, unit: float) -> Attack:
         """The same attack, its lengths multiplied by `unit`."""
+        if unit == 1:
+            return self
         given = {name: getattr(self, name) for name in self.lengths}
         return replace(self, **{name: value * unit for name, value in given.items() if value is not None})
 
@@ -290,11 +300,12 @@ class _Towards:
         if isinstance(request, Glance):
             return self._ask(request)
         answer = self._ask(request) if isinstance(request, Train) else None
+        rows = None if isinstance(request, Train) else request.rows
         if self._label == "least_likely":
-            met = answer or self._ask(Glance(request.delta, masks=request.masks))
+            met = answer or self._ask(Glance(request.delta, masks=request.masks, rows=rows))
             self._label = met.outputs[0].argmin(-1)
         delta = request.delta if answer is None else answer.delta
-        towards = self._ask(Look(delta, masks=request.masks, label=self._label))
+        towards = self._ask(Look(delta, masks=request.masks, label=self._label, rows=rows))
         return replace(answer or towards, gradient=-towards.gradient)
 
 
@@ -303,7 +314,9 @@ def _weighted(request: Request, attack: Attack) -> Request:
         return request
     weight = request.weight * (attack.clean_weight if request.delta is None else attack.weight)
     if weight == 0 and not request.against:
-        return Look(request.delta, masks=request.masks)
+        return Look(request.delta, masks=request.masks, rows=request.rows)
+    if weight == request.weight and not request.against:
+        return request
     against = tuple(replace(a, weight=a.weight * attack.weight) for a in request.against)
     return replace(request, weight=weight, against=against)
 

@@ -1,0 +1,344 @@
+"""What a step costs beside the stock Trainer's, and beside what people use today: time and memory.
+
+    .venv/bin/python benchmarks/step.py --output runs/step
+
+Trainers of one model take steps in turn, in an order that moves on from round to round; a figure is the
+median of the ratios to the stock step of the same round. Memory is the peak of a step above what lay there before, in
+a process of its own: resident on CPU, the allocator's on a GPU. Writes `step.json`, `step.md` and `step.png`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD
+from by_hand import ByHand, Twice, by_hand
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    set_seed,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from machine import machine, versions
+
+from fgm_trainer import FGM, PGD, AdversarialTrainer, FreeLB
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's size and a batch's.
+
+    Args:
+        model: makes the model.
+        rows, length: of the batch.
+        methods: what is measured beside the stock step.
+        bf16: whether passes are under autocast.
+    """
+
+    model: Callable[[], PreTrainedModel]
+    rows: int
+    length: int
+    methods: tuple[str, ...]
+    bf16: bool = False
+
+
+# What a trainer is made of: its class, its attack, and how many micro-batches a step has.
+METHODS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
+    "stock": (Trainer, {}),
+    "fgm": (AdversarialTrainer, {"attack": FGM()}),
+    "fgm, example": (AdversarialTrainer, {"attack": FGM(scope="example")}),
+    "fgm in place": (InPlaceFGM, {}),
+    "fgm, adversarial only": (AdversarialTrainer, {"attack": FGM(clean_weight=0.0)}),
+    "pgd-3": (AdversarialTrainer, {"attack": PGD(steps=3)}),
+    "pgd-3 in place": (InPlacePGD, {}),
+    "freelb-3": (AdversarialTrainer, {"attack": FreeLB(steps=3)}),
+    "freelb-3 on embeds": (EmbedsFreeLB, {}),
+}
+FEW = ("fgm", "fgm in place")
+ALL = tuple(METHODS)[1:]
+
+
+def minilm() -> PreTrainedModel:
+    """all-MiniLM-L6-v2's shape."""
+    return BertForSequenceClassification(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    )
+
+
+def bert_base() -> PreTrainedModel:
+    """bert-base-uncased's shape."""
+    return BertForSequenceClassification(BertConfig())
+
+
+def xlmr(layers: int = 12) -> PreTrainedModel:
+    """xlm-roberta-base's shape."""
+    config = XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, num_hidden_layers=layers)
+    return XLMRobertaForSequenceClassification(config)
+
+
+def llama() -> PreTrainedModel:
+    """A small decoder with Llama 3's vocabulary, its head tied."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=1024,
+        num_hidden_layers=4,
+        intermediate_size=2816,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny() -> PreTrainedModel:
+    """So small that Python is what costs."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
+
+
+SHAPES = {
+    "minilm": Shape(minilm, 16, 64, ALL),
+    "minilm, long": Shape(minilm, 8, 256, FEW),
+    "minilm, bf16": Shape(minilm, 16, 64, FEW, bf16=True),
+    "bert-base": Shape(bert_base, 8, 64, FEW),
+    "bert-base, long": Shape(bert_base, 4, 256, FEW),
+    "xlm-r-base": Shape(xlmr, 8, 32, FEW),
+    "xlm-r, 2 layers": Shape(lambda: xlmr(2), 8, 32, FEW),
+    "llama": Shape(llama, 4, 32, FEW),
+}
+
+
+@dataclass
+class StepArguments:
+    """What is measured."""
+
+    shapes: list[str] = field(default_factory=lambda: list(SHAPES), metadata={"help": "Names, as in the table."})
+    rounds: int = field(default=7, metadata={"help": "Rounds of the timing."})
+    seconds: float = field(default=25.0, metadata={"help": "After which no further round of a shape starts."})
+    threads: int = field(default=0, metadata={"help": "Threads of torch; 0 for its own choice."})
+    output: str = field(default="runs/step", metadata={"help": "Where the figures go."})
+    memory_only: bool = field(default=False, metadata={"help": "Inside: this process measures one shape's memory."})
+
+
+def main() -> None:
+    """Every shape, then Python's own cost; or, in a process started for it, one shape's memory."""
+    (args,) = HfArgumentParser(StepArguments).parse_args_into_dataclasses()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_only:
+        print(json.dumps(memory(SHAPES[args.shapes[0]])))
+        return
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {"machine": machine(), "versions": versions(), "shapes": {}}
+    for name in args.shapes:
+        figures["shapes"][name] = measured(name, args)
+        print(table({name: figures["shapes"][name]}), flush=True)
+    figures["python"] = python_cost()
+    print(figures["python"])
+    (folder / "step.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "step.md").write_text(table(figures["shapes"]) + "\n")
+    picture(figures["shapes"], folder / "step.png")
+
+
+def measured(name: str, args: StepArguments) -> dict[str, Any]:
+    """Time and memory of one shape."""
+    shape = SHAPES[name]
+    figures: dict[str, Any] = {"rows": shape.rows, "length": shape.length, "bf16": shape.bf16}
+    figures["time"] = timed(shape, args)
+    gc.collect()
+    hidden = figures["time"].pop("hidden")
+    figures["activation"] = shape.rows * shape.length * hidden * 4
+    figures["memory"] = memory_apart(name, args)
+    return figures
+
+
+def trainers(shape: Shape, methods: tuple[str, ...], folder: str) -> dict[str, ByHand]:
+    """One a method, on the same weights, with one optimizer."""
+    set_seed(0)
+    model = shape.model()
+    low, high = 5, model.config.vocab_size
+    ids = torch.randint(low, high, (shape.rows, shape.length))
+    causal = isinstance(model, LlamaForCausalLM)
+    labels = ids if causal else torch.randint(2, (shape.rows,))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    # What it steps by does not matter for what a step costs; the weights shall stay sane.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    parts = {"optimizers": (optimizer, schedule), "bf16": shape.bf16}
+    return {m: by_hand(METHODS[m][0], model, batch, folder, **parts, **METHODS[m][1]) for m in methods}
+
+
+def timed(shape: Shape, args: StepArguments) -> dict[str, Any]:
+    """Of every method: seconds of the passes and of the whole step, and their ratios to the stock step."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = trainers(shape, ("stock", *shape.methods), folder)
+        hidden = found["stock"].trainer.model.config.hidden_size
+        rounds: list[dict[str, tuple[float, float]]] = []
+        begin = time.perf_counter()
+        # What two passes cost that add up in one place: the second one's gradients are added, the first one's are not.
+        found["stock, two"] = Twice(found["stock"].trainer, found["stock"].batch)
+        for number in range(args.rounds + 1):
+            names = [*found][number % len(found) :] + [*found][: number % len(found)]
+            seconds = {name: found[name].times() for name in names}
+            if number:  # the first makes the optimizer's state
+                rounds.append(seconds)
+            if number >= 3 and time.perf_counter() - begin > args.seconds:
+                break
+    passes = {m: [r[m][0] / r["stock"][0] for r in rounds] for m in found}
+    whole = {m: [sum(r[m]) / sum(r["stock"]) for r in rounds] for m in found}
+    stock = [r["stock"] for r in rounds]
+    return {
+        "hidden": hidden,
+        "rounds": len(rounds),
+        "stock_seconds": {
+            "passes": statistics.median(p for p, _ in stock),
+            "update": statistics.median(u for _, u in stock),
+        },
+        "passes": {m: spread(values) for m, values in passes.items()},
+        "whole": {m: spread(values) for m, values in whole.items()},
+        # In one run, round by round.
+        "in_place_over_ours": {
+            m: spread([r[other][0] / r[m][0] for r in rounds])
+            for m, other in (("fgm", "fgm in place"), ("pgd-3", "pgd-3 in place"), ("freelb-3", "freelb-3 on embeds"))
+            if m in found and other in found
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, and the quartiles around it."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
+
+
+def memory_apart(name: str, args: StepArguments) -> dict[str, int]:
+    """`memory` in a process whose allocator gives every large piece back when it is free."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, __file__, "--shapes", name, "--memory_only", "--threads", str(args.threads)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"Memory of {name}:\n{done.stderr[-4000:]}")
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def memory(shape: Shape) -> dict[str, int]:
+    """Of every method the peak of a step's passes, in bytes above what lay there before; two micro-batches in one."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = trainers(shape, ("stock", *shape.methods), folder)
+        return {
+            "stock": peak_of(found["stock"]),
+            "stock, two": peak_of(Twice(found["stock"].trainer, found["stock"].batch)),
+            **{method: peak_of(found[method]) for method in shape.methods},
+        }
+
+
+def peak_of(trainer: ByHand) -> int:
+    """The least of three steps, after one that makes what stays."""
+    peaks = []
+    for _ in range(4):
+        begin = reset_peak()
+        trainer.passes()
+        peaks.append(peak() - begin)
+        trainer.update()
+    return min(peaks[1:])
+
+
+def reset_peak() -> int:
+    """Forgets the peak; returns the bytes in use."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # Linux: the high-water mark of this process starts anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes in use since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
+
+
+def resident(name: str) -> int:
+    """One line of the kernel's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def python_cost() -> dict[str, Any]:
+    """Milliseconds of a step of FGM on a tiny model that are no pass: the step less two passes of the stock Trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = trainers(Shape(tiny, 4, 8, ()), ("stock", "fgm", "fgm, example"), folder)
+        found["stock, two"] = Twice(found["stock"].trainer, found["stock"].batch)
+        rows: dict[str, list[float]] = {name: [] for name in found}
+        for _ in range(500):
+            for name, one in found.items():
+                rows[name].append(1000 * one.times()[0])
+    over = {m: [own - two for own, two in zip(rows[m], rows["stock, two"], strict=True)] for m in rows}
+    return {"two stock passes": spread(rows["stock, two"]), **{m: spread(over[m]) for m in ("fgm", "fgm, example")}}
+
+
+def table(shapes: dict[str, Any]) -> str:
+    """What was measured, as Markdown."""
+    lines = [
+        "| shape | batch | method | forward and backward | whole step | peak, MB | over stock's two, in (B, L, D) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in shapes.items():
+        seconds = found["time"]["stock_seconds"]
+        for method, ratio in found["time"]["passes"].items():
+            whole = found["time"]["whole"][method]
+            own = found["memory"][method]
+            over = (own - found["memory"]["stock, two"]) / found["activation"]
+            figures = [f"{r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for r in (ratio, whole)]
+            if method == "stock":
+                figures = [f"{seconds['passes']:.3f} s", f"{sum(seconds.values()):.3f} s"]
+            cells = [name, f"{found['rows']} x {found['length']}", method, *figures, f"{own / 1e6:.0f}", f"{over:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(shapes: dict[str, Any], path: Path) -> None:
+    """Forward and backward of each method over the stock Trainer's, with quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [(f"{m}   {name}", r) for name, f in shapes.items() for m, r in f["time"]["passes"].items() if m != "stock"]
+    rows.reverse()
+    figure, axes = pyplot.subplots(figsize=(7, 0.24 * len(rows) + 1), layout="constrained")
+    for place, (label, r) in enumerate(rows):
+        theirs = "in place" in label or "on embeds" in label
+        axes.barh(place, r["median"], color="#b0b0b0" if theirs else "#2a6f97")
+        axes.plot([r["low"], r["high"]], [place, place], color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("forward and backward, over the stock Trainer's (grey: what people use today)")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
