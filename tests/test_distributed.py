@@ -50,9 +50,9 @@ STOCK = SMALL | {"stock": True, "measure": True}
 CLIPPED = SMALL | {"max_grad_norm": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 2}
 HALF = SMALL | {"bf16": True}
 # What they draw is drawn by micro-batch.
-DRAWS = {"alum", "freelb", "noise", "r3f", "smart", "token_aware", "vat"}
+DRAWS = {"alum", "freelb", "noise", "partial_fgm", "r3f", "smart", "token_aware", "vat"}
 # The training passes of a micro-batch, where they are not two.
-TRAINS = {"freelb": 3}
+TRAINS = {"freelb": 3, "partial_fgm": 1}
 # In these a pass that is not the step's last leaves its gradients on the process.
 REDUCE_ONCE = {"ddp", "ddp-loop", "zero1"}
 

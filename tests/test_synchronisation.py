@@ -41,7 +41,7 @@ def waits_in_steps(kind, path, arguments, **settings):
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
-@pytest.mark.parametrize(("method", "passes"), [("fgm", 2), ("noise", 2), ("pgd", 4)])
+@pytest.mark.parametrize(("method", "passes"), [("fgm", 2), ("noise", 2), ("partial_fgm", 2), ("pgd", 4)])
 def test_a_step_waits_no_more_often_than_its_stock_passes_do(tmp_path, scope, method, passes):
     stock = waits_in_steps(Trainer, tmp_path, TrainingArguments)
     ours = waits_in_steps(
@@ -55,3 +55,38 @@ def test_the_count_can_see_a_wait():
         torch.ones(2).sum().item()
         torch.ones(2).nonzero()
     assert sum(waits.seen.values()) == 2
+
+
+class Scatters(TorchDispatchMode):
+    """How often the lookup's weight gets a gradient, (V, D), and how often such tensors are made otherwise."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.scatters, self.others = size, 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if "embedding_dense_backward" in str(function):
+            self.scatters += isinstance(result, torch.Tensor) and result.shape == self.size
+        elif isinstance(result, torch.Tensor) and result.shape == self.size:
+            self.others.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("method", ["fgm", "freelb", "partial_fgm", "pgd", "r3f"])
+@pytest.mark.parametrize("scope", ["vocabulary", "example"])
+def test_the_lookups_gradient_is_written_once_a_step(tmp_path, method, scope):
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    args = flags(tmp_path, max_steps=2, adv_method=method, adv_scope=scope)
+    trainer = AdversarialTrainer(model=model, args=args, train_dataset=examples())
+    step, counts = trainer.training_step, Scatters(model.get_input_embeddings().weight.shape)
+
+    def watched(*args, **kwargs):
+        with counts:
+            return step(*args, **kwargs)
+
+    trainer.training_step = watched
+    trainer.train()
+    assert counts.scatters == 2
+    # Nothing else of that size, but for autograd's own handing over of the gradient.
+    assert [name for name in counts.others if "detach" not in name and "new_empty_strided" not in name] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,7 +38,7 @@ class PartialFGM(Attack):
     """
 
     epsilon: float = 0.3
-    share: float = 0.45
+    share: float = 0.4
     looks: ClassVar[bool] = True
     default_scope: ClassVar[str] = "example"
 
@@ -48,9 +49,9 @@ class PartialFGM(Attack):
         return found
 
     def passes(self, step: Step) -> Passes:
-        draw = torch.Generator().manual_seed(step.seed)
+        draw = random.Random(step.seed)
         # Rounded up or down by chance, so that small batches have the share as well.
-        count = int(step.examples * self.share + torch.rand((), generator=draw).item())
-        chosen = torch.randperm(step.examples, generator=draw)[: max(1, count)]
+        count = max(1, int(step.examples * self.share + draw.random()))
+        chosen = torch.tensor(draw.sample(range(step.examples), count))
         part = yield Look(rows=chosen)
         return Train(self.step(part, step.epsilon), rows=chosen)

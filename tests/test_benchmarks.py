@@ -1,0 +1,72 @@
+"""The benchmarks: what ours is compared with is what people use, and the scripts run."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import batches, distance, padded_data, tiny, weights
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import step  # noqa: E402
+from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD  # noqa: E402
+from by_hand import by_hand  # noqa: E402
+
+from fgm_trainer import FGM, PGD, AdversarialTrainer  # noqa: E402
+
+
+def trained(path, kind, model, steps=3, **parts):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    batch = batches(padded_data(model), 4)[0]
+    one = by_hand(kind, model, batch, str(path), optimizers=(optimizer, schedule), **parts)
+    for _ in range(steps):
+        one.passes()
+        one.update()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("theirs", "attack"),
+    [(InPlaceFGM, FGM()), (InPlacePGD, PGD(epsilon=1.0, step_size=0.5, steps=3))],
+)
+def test_the_circulating_methods_compute_what_ours_do(tmp_path, theirs, attack):
+    model = tiny("bert")
+    start = weights(model)
+    one = trained(tmp_path, theirs, copy.deepcopy(model))
+    other = trained(tmp_path, AdversarialTrainer, copy.deepcopy(model), attack=attack)
+    assert distance(start, one) > 1e-3
+    assert distance(one, other) < 1e-9
+    plain = trained(tmp_path, AdversarialTrainer, copy.deepcopy(model), attack=FGM(epsilon=0.0))
+    assert distance(one, plain) > 1e-6
+
+
+def test_freelb_on_embeds_trains_on_perturbed_embeddings(tmp_path):
+    model = tiny("bert").float()
+    start = weights(model)
+    assert distance(start, trained(tmp_path, EmbedsFreeLB, model)) > 1e-3
+
+
+def test_trainers_of_one_model_have_its_weights_and_hooks_of_their_own(tmp_path):
+    found = step.trainers(step.SHAPES["tiny"], ("stock", "fgm"), str(tmp_path))
+    models = [one.trainer.model for one in found.values()]
+    assert all(a is b for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    found["fgm"].passes()
+    assert sum(len(m._forward_hooks) for m in models[1].modules())
+    assert not sum(len(m._forward_hooks) for m in models[0].modules())
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--shapes", "tiny", "--rounds", "4", "--output", str(tmp_path)])
+    step.main()
+    figures = json.loads((tmp_path / "step.json").read_text())
+    assert {"fgm", "fgm in place"} <= figures["shapes"]["tiny"]["time"]["passes"].keys()
+    assert figures["shapes"]["tiny"]["memory"]["fgm"] >= 0
+    assert figures["python"]["fgm"]["median"] > 0
+    assert (tmp_path / "step.png").stat().st_size > 10_000
+    assert "| tiny | 4 x 8 | fgm |" in (tmp_path / "step.md").read_text()
