@@ -124,8 +124,12 @@ def group(engine, part):
         return list(zip(cases, launch(engine, cases, Path(out)), strict=True))
 
 
+def accumulated(case):
+    return case["gradient_accumulation_steps"]
+
+
 def training_passes(case):
-    return TRAINS.get(case["adv_method"], 2) * case["gradient_accumulation_steps"]
+    return TRAINS.get(case["adv_method"], 2) * accumulated(case)
 
 
 def attacked(engine, part="cover"):
@@ -160,6 +164,10 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
         differences[place] = max(found, differences.get(place, 0.0))
         assert agree(ranks[0], one), case
         assert moved(one) > 1e-3, "the run is too short to tell"
+        if engine not in LOOPS:
+            plain = accumulating(engine, SMALL | {"stock": True, "gradient_accumulation_steps": accumulated(case)})
+            far = largest_difference(one["weights"], plain["weights"])
+            assert far > 1e-5, f"an attack that does nothing would pass: {case}"
 
 
 @pytest.mark.parametrize(("engine", "part"), PARTS)

@@ -12,7 +12,7 @@ from test_trainer import CHECKPOINTING
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from fgm_trainer import FGM, PGD, AdversarialTrainer
+from fgm_trainer import AWP, FGM, PGD, AdversarialTrainer
 from fgm_trainer.attacks import ATTACKS, Attack
 from fgm_trainer.passes import Pass
 from fgm_trainer.raw import Adversary
@@ -220,6 +220,15 @@ def test_under_bf16_autocast_every_attack_does_what_it_does_in_float32(tmp_path,
         assert cosine(one, other) > 0.99
         assert one.norm().item() == pytest.approx(other.norm().item(), rel=0.01)
     assert apart(movement(half), movement(full)) < CLOSE
+
+
+def test_under_bf16_autocast_weights_are_perturbed_as_in_float32(tmp_path):
+    attack = AWP(epsilon=0.05)
+    full = by_trainer(tmp_path, bert(), attack, target="weights")
+    half = by_trainer(tmp_path, bert(), attack, target="weights", bf16=True)
+    plain = by_trainer(tmp_path, bert(), FGM(epsilon=0.0))
+    assert apart(movement(half), movement(full)) < CLOSE
+    assert apart(movement(plain), movement(full)) > 5 * CLOSE
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "example"])
