@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -35,11 +36,22 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
+from fgm_trainer import FGM, PGD, AdversarialTrainer, FreeLB
 
 ENGINES = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2, "hsdp": 4}
 # FGM's passes over one micro-batch stand beside plain training's over two.
 RUNS = (("stock", 1), ("stock", 2), ("stock", 4), ("fgm", 1), ("fgm", 2))
+TRAININGS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
+    "stock": (Trainer, {}),
+    "fgm": (AdversarialTrainer, {"attack": FGM()}),
+    "fgm in place": (InPlaceFGM, {}),
+    "pgd-3": (AdversarialTrainer, {"attack": PGD(steps=3)}),
+    "pgd-3 in place": (InPlacePGD, {}),
+    "freelb-3": (AdversarialTrainer, {"attack": FreeLB(steps=3)}),
+    "freelb-3 on embeds": (EmbedsFreeLB, {}),
+}
+# What people use today runs under DDP.
+MORE_RUNS = {"ddp": tuple((kind, 1) for kind in TRAININGS if kind not in ("stock", "fgm"))}
 MEASURED_STEP = 3
 
 
@@ -95,10 +107,10 @@ def launch(engine: str, options: argparse.Namespace, folder: Path) -> list[dict[
 
 
 def measure_engine(options: argparse.Namespace) -> None:
-    """In one process of several: plain training with one, two and four micro-batches, and FGM with one and two."""
+    """In one process of several: every training of this engine."""
     logging.disable_progress_bar()
     rows = []
-    for kind, accumulation in RUNS:
+    for kind, accumulation in (*RUNS, *MORE_RUNS.get(options.inside, ())):
         found = measure(options.inside, kind, accumulation, options)
         rows.append({"engine": options.inside, "training": kind, "micro_batches": accumulation, **found})
     if torch.distributed.get_rank() == 0:
@@ -115,8 +127,7 @@ def measure(engine: str, kind: str, accumulation: int, options: argparse.Namespa
     zero = {"zero_optimization": {"stage": int(engine[-1]), **bucket}} if engine.startswith("zero") else None
     auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     deepspeed = {**zero, **dict.fromkeys(auto, "auto"), "zero_allow_untested_optimizer": True} if zero else None
-    stock = kind == "stock"
-    args = (TrainingArguments if stock else AdversarialTrainingArguments)(
+    args = TrainingArguments(
         output_dir=str(options.output.parent / "run"),
         max_steps=MEASURED_STEP + 1,
         per_device_train_batch_size=options.batch_size,
@@ -131,7 +142,8 @@ def measure(engine: str, kind: str, accumulation: int, options: argparse.Namespa
     meter = Meter()
     rows = [row(options.length) for _ in range(4 * 4 * (MEASURED_STEP + 1) * options.batch_size)]
     model = load(engine, options.output.parent / "model")
-    trainer = (Trainer if stock else AdversarialTrainer)(model=model, args=args, train_dataset=rows, callbacks=[meter])
+    trainer_class, parts = TRAININGS[kind]
+    trainer = trainer_class(model=model, args=args, train_dataset=rows, callbacks=[meter], **parts)
     trainer.model_accepts_loss_kwargs = False
     meter.held = lambda: held_by(trainer.accelerator.unwrap_model(trainer.model), trainer.optimizer)
     trainer.train()

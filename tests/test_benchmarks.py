@@ -52,7 +52,7 @@ def test_freelb_on_embeds_trains_on_perturbed_embeddings(tmp_path):
 
 
 def test_trainers_of_one_model_have_its_weights_and_hooks_of_their_own(tmp_path):
-    found = step.trainers(step.SHAPES["tiny"], ("stock", "fgm"), str(tmp_path))
+    found = step.trainers(step.shape_of("tiny"), ("stock", "fgm"), str(tmp_path))
     models = [one.trainer.model for one in found.values()]
     assert all(a is b for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     found["fgm"].passes()
