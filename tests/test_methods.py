@@ -10,7 +10,7 @@ import transformers
 from models import CLASSES, AdversarialInOrder, StockInOrder, batches, distance, padded_data, tiny, train, weights
 from transformers import TrainerCallback
 
-from fgm_trainer import FGM, PGD
+from fgm_trainer import FGM, PGD, PartialFGM
 from fgm_trainer.geometry import SCOPES
 from fgm_trainer.robustness import evaluate_robustness
 
@@ -115,6 +115,11 @@ def test_the_part_of_a_batch_is_the_share_on_average():
     counts = [len(drawn(0.3)(seed, 4)) for seed in range(400)]
     assert set(counts) == {1, 2}
     assert sum(counts) / 400 == pytest.approx(0.3 * 4, abs=0.1)
+
+
+def test_a_share_that_makes_no_sense():
+    with pytest.raises(ValueError, match=r"share must be above 0 and at most 1; found 0\. clean_weight must be left"):
+        PartialFGM(share=0, clean_weight=0.5)
 
 
 def test_a_part_of_the_batch_needs_one_row_an_example():

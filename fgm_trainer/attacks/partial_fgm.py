@@ -26,8 +26,8 @@ class PartialFGM(Attack):
 
     Defaults: no paper has it; docs/performance.md measures share and epsilon against FGM.
 
-    Limits: `clean_weight` has no effect, since no pass is clean. A loss that compares the examples of a batch with each
-    other sees a smaller batch in the first pass. Norm `none` keeps the longer gradients of
+    Limits: clean and adversarial examples have the same weight, and `weight` is that of both. A loss that compares the
+    examples of a batch with each other sees a smaller batch in the first pass. Norm `none` keeps the longer gradients of
     a mean over fewer examples.
 
     Citation: T. Miyato, A. M. Dai, I. Goodfellow, "Adversarial Training Methods for Semi-Supervised Text
@@ -46,6 +46,8 @@ class PartialFGM(Attack):
         found = super().problems()
         if not 0 < self.share <= 1:
             found.append(f"share must be above 0 and at most 1; found {self.share!r}.")
+        if self.clean_weight != 1:
+            found.append("clean_weight must be left out: clean and adversarial examples share one pass.")
         return found
 
     def passes(self, step: Step) -> Passes:
