@@ -27,8 +27,8 @@ class PartialFGM(Attack):
     Defaults: no paper has it; docs/performance.md measures share and epsilon against FGM.
 
     Limits: clean and adversarial examples have the same weight, and `weight` is that of both. A loss that compares the
-    examples of a batch with each other sees a smaller batch in the first pass. Norm `none` keeps the longer gradients of
-    a mean over fewer examples.
+    examples of a batch with each other sees a smaller batch in the first pass. Norm `none` keeps the longer gradients
+    of a mean over fewer examples.
 
     Citation: T. Miyato, A. M. Dai, I. Goodfellow, "Adversarial Training Methods for Semi-Supervised Text
     Classification", ICLR 2017, arXiv 1605.07725, for the perturbation; the part of the batch is this package's own.
