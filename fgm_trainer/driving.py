@@ -128,7 +128,8 @@ def earlier_passes(place: Target, accelerator: Any) -> Earlier | None:
     Engines that reduce the gradients of every pass expect each weight's in each of them.
     """
     kind = getattr(getattr(accelerator, "distributed_type", None), "value", None)
-    return Earlier() if place.can_wait and kind not in ("DEEPSPEED", "FSDP") else None
+    waits = place.can_wait and place.clip is None and kind not in ("DEEPSPEED", "FSDP")
+    return Earlier() if waits else None
 
 
 @contextmanager

@@ -123,27 +123,30 @@ class Pass:
             if self._clip is not None:
                 delta = _inside(value.detach() + delta, *self._clip) - value.detach()
         self._deltas.append(delta)
-        if self._earlier is not None and not self._wanted:
-            self._send_on(value, rows)
-        if self._delta is None and not self._wanted:
-            self._leaves.append(delta)
-            return value
         if self._delta is not None:
             self._norms.append((_row_norms(value, tokens), _row_norms(delta, tokens)))
+        leaf, moved = self._moved(value, delta, rows)
+        self._leaves.append(leaf)
+        return moved
+
+    def _moved(self, value: Tensor, delta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The leaf that the gradient is read from, and what goes on through the model."""
         if self._wanted and self._earlier is not None:
             # The way back ends here.
             leaf = (value if self._delta is None else value + delta).detach().requires_grad_()
-            self._leaves.append(leaf)
-            return leaf
+            return leaf, leaf
+        if self._earlier is not None:
+            self._send_on(value, rows)
+        if self._delta is None and not self._wanted:
+            return delta, value
         leaf = delta
         if self._wanted:
             leaf = (torch.zeros_like(value) if self._delta is None else delta).detach().requires_grad_()
-        self._leaves.append(leaf)
         moved = value + leaf
-        if self._clip is None or self._delta is None:
-            return moved
-        # The sum may round to just outside: the value is the range's own, the gradient as if nothing were done.
-        return _inside(moved.detach(), *self._clip) + (moved - moved.detach())
+        if self._clip is not None and self._delta is not None:
+            # The sum may round to just outside: the value is the range's own, the gradient as if nothing were done.
+            moved = _inside(moved.detach(), *self._clip) + (moved - moved.detach())
+        return leaf, moved
 
     def check(self) -> None:
         """Raises RuntimeError unless every row of the perturbation was used."""
