@@ -69,6 +69,7 @@ METHODS: dict[str, Method] = {
     "fgm": Method(FGM(epsilon=0.2, scope="example")),
     "fgm, vocabulary": Method(FGM(epsilon=1.0)),
     "fgm, adversarial only": Method(FGM(epsilon=0.2, scope="example", clean_weight=0.0)),
+    "partial_fgm": Method(PartialFGM()),
     "fgsm": Method(FGSM(epsilon=0.002)),
     "pgd": Method(PGD(epsilon=0.2, scope="example")),
     "freelb": Method(FreeLB()),
@@ -88,7 +89,6 @@ CANDIDATES: dict[str, Method] = {
     "every 3rd step": Method(FGM(epsilon=0.2, scope="example"), every=3),
     "every 3rd step, 0.3": Method(FGM(epsilon=0.3, scope="example"), every=3),
     "a third, 0.3": Method(PartialFGM(epsilon=0.3, share=1 / 3)),
-    "0.4, 0.3": Method(PartialFGM(epsilon=0.3, share=0.4)),
     "0.4, 0.4": Method(PartialFGM(epsilon=0.4, share=0.4)),
     "all, in bf16": Method(ALONE, LowPrecisionLook),
     "all, half of the layers": Method(ALONE, ShallowLook),
@@ -252,7 +252,7 @@ def main() -> None:
         ["--parts", *argv] if argv and not argv[0].startswith("-") else argv
     )
     if args.methods == ["candidates"]:
-        args.methods = ["stock", "fgm", "fgm, adversarial only", *CANDIDATES]
+        args.methods = ["stock", "fgm", "fgm, adversarial only", "partial_fgm", *CANDIDATES]
     if {"cost", "effect"} & set(args.parts):
         folder, reviews = pretrained_model(), load_reviews()
         tokenizer = AutoTokenizer.from_pretrained(folder)
