@@ -7,7 +7,7 @@ TWO := -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-distributed test-oldest bench check format clean
+.PHONY: demo test test-slow test-distributed test-oldest bench bench-evaluation check format clean
 
 demo: $(VENV)/ready  ## train on real reviews, plainly and adversarially, and show both
 	$(RUN) examples/demo.py
@@ -24,8 +24,10 @@ test-distributed: $(VENV)/distributed  ## every engine, attack, scope and launch
 test-oldest: .venv-oldest/ready  ## the suite on the oldest transformers that is supported
 	.venv-oldest/bin/python -m pytest $(TWO) -m "not slow"
 
-bench: $(VENV)/bench  ## what a step and an evaluation cost beside what people use today, on this machine
+bench: $(VENV)/ready  ## what a step costs beside what people use today, on this machine
 	$(RUN) benchmarks/step.py --output runs/step
+
+bench-evaluation: $(VENV)/bench  ## what the evaluation costs beside foolbox
 	$(RUN) benchmarks/evaluation.py --output runs/evaluation
 
 check: $(VENV)/ready  ## style and types
