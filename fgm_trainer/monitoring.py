@@ -29,8 +29,8 @@ class LogWindow:
 
     def _clear(self) -> None:
         self._steps = 0
-        # Of each step the largest entry of its gradients: not finite where one of them is not.
-        self._largest: list[Tensor] = []
+        # Of each step the largest entry of its gradients: not finite where one of them is not; None where it took none.
+        self._largest: list[Tensor | None] = []
         self._losses: list[Tensor] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
         self._older_sums: list[Tensor] = []
@@ -42,14 +42,13 @@ class LogWindow:
             if len(self._losses) >= _KEPT:
                 self._fold()
             self._steps += 1
+            self._largest.append(None)
 
     def gradient(self, gradient: Tensor) -> None:
         """A gradient arrived; its step counts as skipped where an entry is not finite."""
         largest = torch.linalg.vector_norm(gradient, math.inf)
-        if len(self._largest) == self._steps - sum(map(len, self._older_bad)):
-            # A further one of the same step.
-            largest = torch.maximum(self._largest.pop(), largest)
-        self._largest.append(largest)
+        known = self._largest[-1]
+        self._largest[-1] = largest if known is None else torch.maximum(known, largest)
 
     def perturbed(self, loss: Tensor, norms: tuple[Tensor, Tensor] | None) -> None:
         """A perturbed pass: its loss, and the row norms of tensor and perturbation where it was the last."""
@@ -61,7 +60,8 @@ class LogWindow:
         """The figures of the window, over all processes; nothing where no step was attacked."""
         if not self._losses and not self._older_sums:
             return {}
-        self._fold()
+        if self._losses:
+            self._fold()
         sums = accelerator.reduce(torch.cat([sum(self._older_sums[1:], self._older_sums[0]), *self._older_bad]), "sum")
         loss, delta, ratio, count, *bad = sums.tolist()
         figures = {
@@ -80,7 +80,9 @@ class LogWindow:
         ratios = torch.where(values > 0, deltas / values, 0.0)
         rows = losses.new_tensor(float(len(deltas)))
         self._older_sums.append(torch.stack([losses.sum(), deltas.sum(), ratios.sum(), rows]))
-        self._older_bad.append((~torch.isfinite(torch.stack(self._largest))).float())
+        largest = [value for value in self._largest if value is not None]
+        if largest:
+            self._older_bad.append((~torch.isfinite(torch.stack(largest))).float())
         self._losses, self._norms, self._largest = [], [], []
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BartForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
 import fgm_trainer
-from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainerMixin, AdversarialTrainingArguments
+from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainerMixin, AdversarialTrainingArguments, monitoring
 
 # Renamed in transformers 5; the old name warns there.
 NEW_NAME = "activation_checkpointing" in {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -210,6 +210,18 @@ def test_the_log_says_what_was_applied(tmp_path):
     ours, _ = run(AdversarialTrainer, tmp_path, tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     first = [t.state.log_history[0]["loss"] for t in (stock, ours)]
     assert first[0] == pytest.approx(first[1], rel=1e-6), "`loss` is the clean one, comparable with a plain run"
+
+
+def test_a_long_window_is_added_up_in_parts(tmp_path, monkeypatch):
+    lines = []
+    for kept in (1024, 3):
+        monkeypatch.setattr(monitoring, "_KEPT", kept)
+        settings = {"max_steps": 8, "logging_steps": 8, "gradient_accumulation_steps": 2}
+        trainer, _ = run(AdversarialTrainer, tmp_path, tiny_bert(), settings=settings)
+        lines += [h for h in trainer.state.log_history if "adv_loss" in h]
+    whole, parts = lines
+    for name in ("adv_loss", "adv_delta_norm", "adv_delta_ratio", "adv_skipped"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
 
 
 def test_adv_loss_is_unweighted_and_absent_without_an_attacked_step(tmp_path):
