@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from fgm_trainer import FGM, PGD, AdversarialTrainer, FreeLB
+
 
 class InPlaceFGM(Trainer):
     """FGM in the weight of the lookup: copy the weight, move it along its gradient, pass again, put the copy back.
@@ -111,3 +113,15 @@ def lookup(trainer: Trainer, model: nn.Module) -> nn.Embedding:
 def lengths(values: Tensor) -> Tensor:
     """The Euclidean norm of each example, in a shape that broadcasts."""
     return values.flatten(1).norm(dim=1).view(-1, 1, 1)
+
+
+# What is measured beside the stock Trainer: a class, and what else it is given.
+TRAININGS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
+    "stock": (Trainer, {}),
+    "fgm": (AdversarialTrainer, {"attack": FGM()}),
+    "fgm in place": (InPlaceFGM, {}),
+    "pgd-3": (AdversarialTrainer, {"attack": PGD(steps=3)}),
+    "pgd-3 in place": (InPlacePGD, {}),
+    "freelb-3": (AdversarialTrainer, {"attack": FreeLB(steps=3)}),
+    "freelb-3 on embeds": (EmbedsFreeLB, {}),
+}

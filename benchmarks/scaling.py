@@ -23,33 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD
+from baselines import TRAININGS
 from rich.console import Console
 from rich.table import Table
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
-from fgm_trainer import FGM, PGD, AdversarialTrainer, FreeLB
-
 ENGINES = {"ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2, "hsdp": 4}
 # FGM's passes over one micro-batch stand beside plain training's over two.
 RUNS = (("stock", 1), ("stock", 2), ("stock", 4), ("fgm", 1), ("fgm", 2))
-TRAININGS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
-    "stock": (Trainer, {}),
-    "fgm": (AdversarialTrainer, {"attack": FGM()}),
-    "fgm in place": (InPlaceFGM, {}),
-    "pgd-3": (AdversarialTrainer, {"attack": PGD(steps=3)}),
-    "pgd-3 in place": (InPlacePGD, {}),
-    "freelb-3": (AdversarialTrainer, {"attack": FreeLB(steps=3)}),
-    "freelb-3 on embeds": (EmbedsFreeLB, {}),
-}
 # What people use today runs under DDP.
 MORE_RUNS = {"ddp": tuple((kind, 1) for kind in TRAININGS if kind not in ("stock", "fgm"))}
 MEASURED_STEP = 3

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD
+from baselines import TRAININGS
 from by_hand import ByHand, Twice, by_hand
 from transformers import (
     BertConfig,
@@ -32,7 +32,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    Trainer,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
     set_seed,
@@ -41,7 +40,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from machine import machine, versions
 
-from fgm_trainer import FGM, PGD, AdversarialTrainer, FreeLB
+from fgm_trainer import FGM, AdversarialTrainer
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,9 @@ class Shape:
     bf16: bool = False
 
 
-# What a trainer is made of: its class, its attack, and how many micro-batches a step has.
-METHODS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
-    "stock": (Trainer, {}),
-    "fgm": (AdversarialTrainer, {"attack": FGM()}),
+METHODS = TRAININGS | {
     "fgm, example": (AdversarialTrainer, {"attack": FGM(scope="example")}),
-    "fgm in place": (InPlaceFGM, {}),
     "fgm, adversarial only": (AdversarialTrainer, {"attack": FGM(clean_weight=0.0)}),
-    "pgd-3": (AdversarialTrainer, {"attack": PGD(steps=3)}),
-    "pgd-3 in place": (InPlacePGD, {}),
-    "freelb-3": (AdversarialTrainer, {"attack": FreeLB(steps=3)}),
-    "freelb-3 on embeds": (EmbedsFreeLB, {}),
 }
 FEW = ("fgm", "fgm in place")
 ALL = tuple(METHODS)[1:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .attacks import Answer, Attack, Glance, Look
+from .attacks import Answer, Attack, Glance, Look, Train
 from .inspection import mean_embedding_norm
 from .objective import Outputs, detached, divergence, logits_of, problem_of, relabelled
 from .passes import Earlier, Pass
@@ -78,6 +78,11 @@ def answer_from(seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) ->
 def examples_in(batch: Mapping[str, Any]) -> int:
     """How many examples a batch has: the length of its first tensor."""
     return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
+
+
+def chosen_in(batch: Mapping[str, Any], request: Train) -> tuple[Tensor, int] | None:
+    """The examples that a perturbation is of, and how many there are; None where it is of all."""
+    return None if request.rows is None else (request.rows, examples_in(batch))
 
 
 def rows_of(batch: Mapping[str, Any], chosen: Tensor, size: int) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from .attacks import Answer, Attack, Glance, Look, Step, Train, run
 from .driving import (
     answer_from,
     answer_look,
+    chosen_in,
     earlier_passes,
-    examples_in,
     gradients_stay_local,
     scaled_as_the_engine_would,
 )
@@ -88,7 +88,7 @@ class MicroBatch:
             stack.enter_context(self._masks.drawn(request.masks))
             if not last:
                 stack.enter_context(gradients_stay_local(trainer.accelerator, self._model))
-            chosen = None if request.rows is None else (request.rows, examples_in(self._inputs))
+            chosen = chosen_in(self._inputs, request)
             recorded = self._place.record(
                 request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
             )

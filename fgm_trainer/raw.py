@@ -18,6 +18,7 @@ from .attacks import Answer, Glance, Look, Step, Train, run
 from .driving import (
     answer_from,
     answer_look,
+    chosen_in,
     earlier_passes,
     examples_in,
     gradients_stay_local,
@@ -308,7 +309,7 @@ class _Passes:
         owner = self._owner
         scale: list[Tensor] = []
         local = nullcontext() if last else gradients_stay_local(owner._accelerator, owner._model)
-        chosen = None if request.rows is None else (request.rows, examples_in(self._inputs))
+        chosen = chosen_in(self._inputs, request)
         recorded = owner._place.record(
             request.delta, gradient=not last, scope=owner._scope, chosen=chosen, earlier=self._earlier
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import FGM, PGD, Answer, Attack, Glance, Look, Noise, Step, Train, run
-from .driving import answer_look, examples_in, rows_of, unit_of
+from .driving import answer_look, chosen_in, rows_of, unit_of
 from .passes import Pass
 from .target import Target
 from .targets import find_target
@@ -187,7 +187,7 @@ def under_attack(
         answer = None if last else look_(Look(request.delta))
         if request.delta is not None:
             delta = request.delta if answer is None else answer.delta
-            chosen = None if request.rows is None else (request.rows, examples_in(inputs))
+            chosen = chosen_in(inputs, request)
             with place.record(delta, gradient=False, scope=scope, chosen=chosen) as seen, torch.no_grad():
                 found[:] = [(*(loss_of or model_loss)(model, inputs), seen)]
                 place.forward_ended(seen, inputs)
