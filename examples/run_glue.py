@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate import PartialState
 from glue_data import (
     DataTrainingArguments,
     ModelArguments,
@@ -183,13 +182,5 @@ def finish(trainer: AdversarialTrainer, model_args: ModelArguments, data_args: D
         trainer.create_model_card(**card)
 
 
-def leave() -> None:
-    """Ends the processes together: gloo's threads abort one that exits while another still talks to it."""
-    state = PartialState()
-    state.wait_for_everyone()
-    state.destroy_process_group()
-
-
 if __name__ == "__main__":
     main()
-    leave()

@@ -1,13 +1,12 @@
 """One process of several: trains each case named on the command line and saves what came of it, by rank."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 from engines import train
-from on_cpu import let_fsdp_in
+from on_cpu import leave, let_fsdp_in
 
 
 def main():
@@ -18,9 +17,7 @@ def main():
         done = train(engine, case, out / "run", model)
         torch.save(done, out / f"case{number}-rank{done['rank']}.pt")
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    # gloo's threads may outlive the group and abort an ordinary exit.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

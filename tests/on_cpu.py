@@ -1,4 +1,4 @@
-"""Starts a script as `accelerate launch` starts it on GPUs: `on_cpu.py SCRIPT FLAGS`.
+"""Starts a script as a launcher starts it on GPUs: `on_cpu.py SCRIPT FLAGS`.
 
 Without a GPU accelerate has DDP alone: where FSDP or DeepSpeed is asked for it runs DDP, or single processes, and says
 nothing.
@@ -34,11 +34,24 @@ def let_deepspeed_in():
     PartialState._prepare_backend = choose_gloo
 
 
+def leave():
+    """Ends the process at once, its work done.
+
+    gloo's threads outlive the group, and one that drops a tensor while Python ends aborts the process (pytorch#179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    if "ACCELERATE_USE_FSDP" in os.environ:
-        let_fsdp_in()
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
         let_deepspeed_in()
+    elif "ACCELERATE_USE_FSDP" in os.environ:
+        let_fsdp_in()
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     del sys.argv[0]
     sys.path[0] = os.path.dirname(sys.argv[0])
     runpy.run_path(sys.argv[0], run_name="__main__")
+    leave()

@@ -64,13 +64,8 @@ def start(name, world, *flags, script="run_glue.py", settings=(), code=0):
     if name == "ray":
         return launch(RAY, world, *flags, code=code, RAY_AUTH_MODE="disabled", HOME=str(world))
     if name == "torchrun":
-        return launch([*TORCHRUN, script], world, *flags, ACCELERATE_USE_CPU="true")
-    command = [*accelerate(name), *settings]
-    if name == "ddp":
-        return launch([*command, script], world, *flags, ACCELERATE_USE_CPU="true")
-    if name.startswith("zero") and script.name == "run_glue.py":
-        return launch([*command, script], world, *flags, "--ddp_backend", "gloo")
-    return launch([*command, ON_CPU, script], world, *flags)
+        return launch([*TORCHRUN, ON_CPU, script], world, *flags)
+    return launch([*accelerate(name), *settings, ON_CPU, script], world, *flags)
 
 
 @pytest.fixture(scope="module")

@@ -53,10 +53,8 @@ CASES = [
 def start(engine, world, script, *flags, code=0):
     """A script on the engine; a fault must end it within two minutes."""
     command = [*accelerate("ddp", processes=1), "--cpu"] if engine == "one" else accelerate(engine)
-    if engine == "fsdp2":
-        command.append(FAULTY.with_name("on_cpu.py"))
-    settings = {} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
-    return launch([*command, script], world, *flags, code=code, timeout=120, PYTHONPATH=str(EXAMPLES), **settings)
+    command += [FAULTY.with_name("on_cpu.py"), script]
+    return launch(command, world, *flags, code=code, timeout=120, PYTHONPATH=str(EXAMPLES))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -66,7 +64,7 @@ def case(request, world):
     out = world / f"{engine}-{method}"
     rows = ["--per_device_train_batch_size", "8" if engine == "one" else "4"]
     flags = ["--model_name_or_path", world / "model", "--train_file", world / "single.csv", "--adv_method", method]
-    flags += [*FLAGS, *rows, *(["--ddp_backend", "gloo"] if engine.startswith("zero") else [])]
+    flags += [*FLAGS, *rows]
     rank = 0 if engine == "one" else 1
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(start, engine, world, EXAMPLES / "run_glue.py", *flags, "--output_dir", out / "whole")
