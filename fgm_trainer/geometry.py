@@ -48,7 +48,7 @@ class Units:
 
         In scope `vocabulary` a member is a vocabulary entry: its gradient is the sum over the positions that hold it.
         """
-        gradient = self._only(self.tokens, _widen(gradient))
+        gradient = self._only(self.tokens, widen(gradient))
         if self.entries is None:
             return gradient
         flat = gradient.flatten(0, -2)
@@ -60,7 +60,7 @@ class Units:
         """`values` with one value a unit member: all positions that hold a vocabulary entry get the same."""
         if self.entries is not None:
             values = values.flatten(0, -2)[self.entries.flatten()].view_as(values)
-        return self._only(self.tokens, _widen(values))
+        return self._only(self.tokens, widen(values))
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest absolute value of each unit, in a shape that broadcasts against `values`; NaN stays NaN."""
@@ -74,7 +74,7 @@ class Units:
 
     def count(self, values: Tensor) -> Tensor:
         """The number of entries of each unit, every member counted once, in a shape that broadcasts."""
-        ones = torch.ones_like(_widen(values))
+        ones = torch.ones_like(widen(values))
         once = self.tokens if self.entries is None else self._once()
         return self._only(once, ones).sum(dim=self._dims(values), keepdim=True)
 
@@ -99,7 +99,7 @@ class Units:
         if positions is None:
             return values
         # `where`, not a product: inf * 0 is NaN.
-        return torch.where(positions.unsqueeze(-1), values, values.new_zeros(()))
+        return torch.where(positions.unsqueeze(-1), values, 0.0)
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ class Segments(Units):
         pass
 
     def pool(self, gradient: Tensor) -> Tensor:
-        return _widen(gradient)
+        return widen(gradient)
 
     def share(self, values: Tensor) -> Tensor:
-        return _widen(values)
+        return widen(values)
 
     def largest(self, values: Tensor) -> Tensor:
         return self._norms(values, math.inf)
@@ -131,7 +131,7 @@ class Segments(Units):
         return self._norms(values, 2.0)
 
     def count(self, values: Tensor) -> Tensor:
-        return self.spread(_widen(values).new_tensor(self.sizes))
+        return self.spread(widen(values).new_tensor(self.sizes))
 
     def spread(self, each: Tensor) -> Tensor:
         """One value a part, (parts,), as one value an entry."""
@@ -197,19 +197,19 @@ def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
 
 def uniform(like: Tensor, units: Units, seed: int) -> Tensor:
     """Noise from U(-1, 1) in every entry, the same for all positions of a unit member; arguments as for `sample`."""
-    noise = torch.rand(like.shape, dtype=_widen(like).dtype, device=like.device, generator=_generator(like, seed))
+    noise = torch.rand(like.shape, dtype=widen(like).dtype, device=like.device, generator=_generator(like, seed))
     return units.share(2 * noise - 1)
 
 
 def gaussian(like: Tensor, units: Units, seed: int) -> Tensor:
     """Noise from N(0, 1) in every entry, the same for all positions of a unit member; arguments as for `sample`."""
-    noise = torch.randn(like.shape, dtype=_widen(like).dtype, device=like.device, generator=_generator(like, seed))
+    noise = torch.randn(like.shape, dtype=widen(like).dtype, device=like.device, generator=_generator(like, seed))
     return units.share(noise)
 
 
 def length(perturbation: Tensor, norm: str, units: Units) -> Tensor:
     """The length of each unit, in a shape that broadcasts: largest entry for `linf` and `max`, else Euclidean."""
-    perturbation = _widen(perturbation)
+    perturbation = widen(perturbation)
     return units.largest(perturbation) if norm in ("linf", "max") else units.euclidean(perturbation)
 
 
@@ -222,7 +222,7 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
         norm: one of `NORMS`; `max` shares the ball of `linf`.
         units: the units of this micro-batch.
     """
-    perturbation = _widen(perturbation)
+    perturbation = widen(perturbation)
     if norm == "none":
         return perturbation
     if norm in ("linf", "max"):
@@ -233,22 +233,21 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
 
 def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
     largest = units.largest(member)
-    # Compared rather than asked with `isfinite`: NaN is neither.
-    usable = (largest > 0) & (largest < math.inf)
-    zero = member.new_zeros(())
-    if norm == "none":
-        return torch.where(usable, member, zero)
-    if norm == "linf":
-        return torch.where(usable, member, zero).sign()
-    # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
-    member = torch.where(usable, member / largest, zero)
-    # Its length is 1 at least, or 0 where it is not usable.
-    return member if norm == "max" else member / units.euclidean(member).clamp(min=1)
+    # A unit whose largest entry is 0, infinite or NaN becomes NaN as a whole, and that zero.
+    if norm in ("none", "linf"):
+        member = (member if norm == "none" else member.sign()) * (largest / largest)
+    else:
+        # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
+        member = member / largest
+    if norm == "l2":
+        member = member / units.euclidean(member)
+    return member.nan_to_num_(0.0)
 
 
 def _generator(like: Tensor, seed: int) -> torch.Generator:
     return torch.Generator(device=like.device).manual_seed(seed)
 
 
-def _widen(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def widen(values: Tensor) -> Tensor:
+    """The values in float32 at least."""
+    return values.float() if values.dtype.itemsize < 4 else values

@@ -71,9 +71,11 @@ def is_lookup(module: nn.Module) -> bool:
 
 def vocabulary_size_of(module: nn.Module) -> int:
     """The number of rows of a lookup, or of the lookups that a wrapper holds."""
-    # An adapter's wrapper may hold several lookups of the same size.
-    weight: Any = next(m for m in module.modules() if is_lookup(m)).weight
-    rows: Any = getattr(module, "num_embeddings", None) or weight.shape[0]
+    rows: Any = getattr(module, "num_embeddings", None)
+    if not rows:
+        # An adapter's wrapper may hold several lookups of the same size.
+        weight: Any = next(m for m in module.modules() if is_lookup(m)).weight
+        rows = weight.shape[0]
     return int(rows)
 
 

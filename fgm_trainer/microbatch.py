@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +63,7 @@ class MicroBatch:
         self._masks = Masks(trainer.args.device, trainer._same_dropout)
         self._clean: Tensor | None = None
         self._perturbed: list[Tensor] = []
-        self._norms: tuple[Tensor, Tensor] | None = None
+        self._norms: Tensor | None = None
 
     def run(self, step: Step) -> Tensor:
         """All passes. Returns the clean loss as `Trainer` reports it, or where no pass is clean, the first one's."""
@@ -84,16 +84,12 @@ class MicroBatch:
 
     def _train(self, request: Train, last: bool) -> Answer | None:
         trainer = self._trainer
-        with ExitStack() as stack:
-            stack.enter_context(self._masks.drawn(request.masks))
-            if not last:
-                stack.enter_context(gradients_stay_local(trainer.accelerator, self._model))
-            chosen = chosen_in(self._inputs, request)
-            recorded = self._place.record(
-                request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
-            )
-            seen = stack.enter_context(recorded)
-            found = stack.enter_context(self._measured(seen, request))
+        chosen = chosen_in(self._inputs, request)
+        recorded = self._place.record(
+            request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
+        )
+        local = nullcontext() if last else gradients_stay_local(trainer.accelerator, self._model)
+        with self._masks.drawn(request.masks), local, recorded as seen, self._measured(seen, request) as found:
             reported = self._stock()
             self._check_forward(seen)
         unweighted = _over(reported, request.weight)
@@ -183,9 +179,8 @@ class MicroBatch:
                     found.reported = share.detach() / sum(a.weight for a in request.against)
             backward(loss, **kwargs)
 
-        with _put_on(trainer, "compute_loss", weighted), ExitStack() as stack:
-            if request.against:
-                stack.enter_context(_put_on(trainer.accelerator, "backward", with_divergence))
+        diverging = _put_on(trainer.accelerator, "backward", with_divergence) if request.against else nullcontext()
+        with _put_on(trainer, "compute_loss", weighted), diverging:
             yield found
 
 

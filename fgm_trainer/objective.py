@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .geometry import widen
+
 Outputs = tuple[Tensor, ...]
 KINDS = ("kl", "symmetric")
 
@@ -75,7 +77,7 @@ def divergence(outputs: Outputs, against: Sequence[Against], problem: str | None
     total = torch.zeros((), device=outputs[0].device)
     for reference in against:
         for now, then in zip(outputs, reference.outputs, strict=True):
-            total = total + reference.weight * _mean(_apart(_widen(now), _widen(then), reference.kind, problem), mask)
+            total = total + reference.weight * _mean(_apart(widen(now), widen(then), reference.kind, problem), mask)
     return total
 
 
@@ -104,10 +106,6 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
         return values.mean()
     mask = mask.to(values)
     return (values * mask).sum() / mask.sum().clamp(min=1)
-
-
-def _widen(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def relabelled(batch: Mapping[str, Any], label: Tensor | int | str, given: Mapping[str, Any]) -> dict[str, Any]:

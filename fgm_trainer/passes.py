@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .geometry import Units, shared_entries
+from .geometry import Units, shared_entries, widen
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Pass:
         self._deltas: list[Tensor] = []
         self._ids: list[Tensor | None] = []
         self._tokens: list[Tensor | None] = []
-        self._norms: list[tuple[Tensor, Tensor]] = []
+        self._norms: list[Tensor] = []
         self._vocabulary_size = 0
         self._row = self._used = 0
         self.calls = 0
@@ -124,7 +124,7 @@ class Pass:
                 delta = _inside(value.detach() + delta, *self._clip) - value.detach()
         self._deltas.append(delta)
         if self._delta is not None:
-            self._norms.append((_row_norms(value, tokens), _row_norms(delta, tokens)))
+            self._norms.append(_row_norms(value, delta, tokens))
         leaf, moved = self._moved(value, delta, rows)
         self._leaves.append(leaf)
         return moved
@@ -171,7 +171,7 @@ class Pass:
         pairs = zip(gradients, self._leaves, strict=True)
         stacked = _stack([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs])
         # A loss scale is divided out next, and what is left may be zero in float16.
-        stacked = stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+        stacked = widen(stacked)
         if self._earlier is not None:
             self._earlier.add(stacked)
         return stacked
@@ -210,10 +210,9 @@ class Pass:
             )
         return Units(scope, tokens)
 
-    def row_norms(self) -> tuple[Tensor, Tensor]:
-        """The Euclidean norms of the clean tensor and of the perturbation, for each row: two tensors (rows,)."""
-        values, deltas = zip(*self._norms, strict=True)
-        return torch.cat(values), torch.cat(deltas)
+    def row_norms(self) -> Tensor:
+        """The Euclidean norms of the clean tensor and of the perturbation, for each row: (2, rows)."""
+        return self._norms[0] if len(self._norms) == 1 else torch.cat(self._norms, 1)
 
     def _again(self, value: Tensor) -> Tensor:
         """Gradient checkpointing runs a layer's forward again inside the backward pass: the same leaf is added."""
@@ -235,8 +234,7 @@ class Pass:
         assert self._earlier is not None
         if self._earlier.gradient is None or not value.requires_grad:
             return
-        part = self._earlier.gradient[rows]
-        part = part if part.dim() < 3 else part[:, : value.shape[1]]
+        part = _cut(self._earlier.gradient, rows, value)
         value.register_hook(lambda gradient: gradient + part.to(gradient.dtype))
 
     def _own_part(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
@@ -246,7 +244,7 @@ class Pass:
         count = value.shape[0] if self._chosen is None else len(self._chosen[0])
         rows = slice(self._used, self._used + count)
         self._used = rows.stop
-        part = delta[rows] if delta.dim() < 3 else delta[rows, : value.shape[1]]
+        part = _cut(delta, rows, value)
         if self._chosen is not None:
             part = _among_all(part, *self._chosen, value)
         if part.shape != value.shape:
@@ -267,6 +265,13 @@ class Pass:
         if ids is not None and self._padding_id is not None:
             return ids != self._padding_id
         return None
+
+
+def _cut(stacked: Tensor, rows: slice, value: Tensor) -> Tensor:
+    """The part of one call, whose value is given."""
+    if stacked.shape == value.shape:
+        return stacked
+    return stacked[rows] if stacked.dim() < 3 else stacked[rows, : value.shape[1]]
 
 
 def _among_all(part: Tensor, chosen: Tensor, examples: int, value: Tensor) -> Tensor:
@@ -292,12 +297,11 @@ def _inside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return values.clamp(low.to(values), high.to(values))
 
 
-def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(values.detach(), dim=-1, dtype=dtype)
+def _row_norms(value: Tensor, delta: Tensor, tokens: Tensor | None) -> Tensor:
+    norms = torch.stack([torch.linalg.vector_norm(widen(v.detach()), dim=-1) for v in (value, delta)])
     if tokens is not None:
         norms = norms * tokens
-    return norms if norms.dim() < 2 else torch.linalg.vector_norm(norms.flatten(1), dim=1)
+    return norms if norms.dim() < 3 else torch.linalg.vector_norm(norms.flatten(2), dim=2)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

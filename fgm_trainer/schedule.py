@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Schedule:
         return in_steps(self.start, total) + in_steps(self.warmup, total)
 
 
+@functools.cache
 def in_steps(duration: float, total: int) -> int:
     """A duration in whole optimizer steps."""
     # Rounded first: 0.07 * 100 is a little more than 7 in binary.

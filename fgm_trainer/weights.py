@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .geometry import Segments, Units
+from .geometry import Segments, Units, widen
 from .passes import Draw, Met, Pass
 from .target import Target, outside_graphs
 
@@ -94,7 +94,7 @@ class _WeightPass(Pass):
         # A weight that this forward pass did not read has no direction.
         pairs = zip(gradients, self._leaves, strict=True)
         flat = torch.cat([(torch.zeros_like(leaf) if g is None else g).flatten() for g, leaf in pairs])
-        return flat.to(torch.promote_types(flat.dtype, torch.float32))
+        return widen(flat)
 
     def units(self) -> Units:
         return self._segments
@@ -105,8 +105,8 @@ class _WeightPass(Pass):
     def ids(self) -> Tensor | None:
         return None
 
-    def row_norms(self) -> tuple[Tensor, Tensor]:
+    def row_norms(self) -> Tensor:
         assert self._flat is not None
         assert self._segments.lengths is not None
         parts = self._flat.split(self._segments.sizes)
-        return self._segments.lengths, torch.stack([torch.linalg.vector_norm(p) for p in parts])
+        return torch.stack([self._segments.lengths, torch.stack([torch.linalg.vector_norm(p) for p in parts])])
