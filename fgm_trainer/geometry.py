@@ -54,7 +54,8 @@ class Units:
         flat = gradient.flatten(0, -2)
         entries = self.entries.flatten()
         sums = torch.zeros_like(flat).index_add_(0, entries, flat)
-        return self._only(self.tokens, sums[entries].view_as(gradient))
+        # Positions without a token hold no entry of a token's, and have been zero since above.
+        return sums[entries].view_as(gradient)
 
     def share(self, values: Tensor) -> Tensor:
         """`values` with one value a unit member: all positions that hold a vocabulary entry get the same."""
@@ -77,10 +78,6 @@ class Units:
         ones = torch.ones_like(widen(values))
         once = self.tokens if self.entries is None else self._once()
         return self._only(once, ones).sum(dim=self._dims(values), keepdim=True)
-
-    def only_tokens(self, values: Tensor) -> Tensor:
-        """`values`, zero where there is no token."""
-        return self._only(self.tokens, values)
 
     def _dims(self, values: Tensor) -> tuple[int, ...]:
         first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]

@@ -122,7 +122,7 @@ class MicroBatch:
         return self._counted(answer)
 
     def _counted(self, answer: Answer) -> Answer:
-        self._trainer._window.gradient(answer.units.only_tokens(answer.gradient))
+        self._trainer._window.gradient(answer.gradient)
         return answer
 
     def _check_forward(self, seen: Pass) -> None:

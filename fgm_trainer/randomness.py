@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,15 +23,17 @@ class Masks:
         self._device, self._all_same = device, all_same
         self._starts: dict[str, State] = {}
 
-    @contextmanager
-    def drawn(self, name: str) -> Iterator[None]:
+    def drawn(self, name: str) -> AbstractContextManager[None]:
         """One pass. A repetition leaves the random state as it found it."""
         name = "all" if self._all_same else name
-        if name not in self._starts:
-            if name:
-                self._starts[name] = self._state()
-            yield
-            return
+        if name in self._starts:
+            return self._again(name)
+        if name:
+            self._starts[name] = self._state()
+        return nullcontext()
+
+    @contextmanager
+    def _again(self, name: str) -> Iterator[None]:
         now = self._state()
         self._set(self._starts[name])
         try:
