@@ -1,4 +1,4 @@
-"""Ways to a robust model for less than FGM's two passes, as `Trainer`s: those that `fgm_trainer` has no method for."""
+"""Ways to a robust model for less than FGM's two passes: those that `fgm_trainer` has no method for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,25 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from fgm_trainer import AdversarialTrainerMixin
+from fgm_trainer import AdversarialTrainerMixin, PartialFGM
+from fgm_trainer.attacks import Glance, Look, Passes, Step, Train
+
+
+class LeastCertain(PartialFGM):
+    """`partial_fgm` on the examples whose most likely class has the least probability, found in a forward pass."""
+
+    @property
+    def reads_outputs(self) -> bool:
+        """The forward pass is for the model's outputs."""
+        return True
+
+    def passes(self, step: Step) -> Passes:
+        """A forward pass, then `partial_fgm`'s."""
+        seen = yield Glance()
+        certainty = seen.outputs[0].softmax(-1).amax(-1)
+        chosen = certainty.argsort()[: round(self.share * step.examples)]
+        part = yield Look(rows=chosen)
+        return Train(self.step(part, step.epsilon), rows=chosen)
 
 
 class _TellsPasses(Trainer):

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from by_hand import by_hand
-from candidates import LowPrecisionLook, Remembered, ShallowLook
+from candidates import LeastCertain, LowPrecisionLook, Remembered, ShallowLook
 from demo import GROUP_BY_LENGTH, by_length, encode, new_model
 from machine import machine, versions
 from reviews import load_reviews, pretrained_model
@@ -86,13 +86,12 @@ ALONE = FGM(epsilon=0.2, scope="example", clean_weight=0.0)
 # Cheaper than two passes.
 CANDIDATES: dict[str, Method] = {
     "every 2nd step": Method(FGM(epsilon=0.2, scope="example"), every=2),
-    "every 3rd step": Method(FGM(epsilon=0.2, scope="example"), every=3),
     "every 3rd step, 0.3": Method(FGM(epsilon=0.3, scope="example"), every=3),
     "a third, 0.3": Method(PartialFGM(epsilon=0.3, share=1 / 3)),
     "0.4, 0.4": Method(PartialFGM(epsilon=0.4, share=0.4)),
+    "0.4, least certain": Method(LeastCertain()),
     "all, in bf16": Method(ALONE, LowPrecisionLook),
     "all, half of the layers": Method(ALONE, ShallowLook),
-    "0.8, half of the layers": Method(PartialFGM(epsilon=0.2, share=0.8), ShallowLook),
     "remembered": Method(None, Remembered),
 }
 ALL = METHODS | CANDIDATES

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ sys.path.insert(0, str(BENCHMARKS))
 import step  # noqa: E402
 from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD  # noqa: E402
 from by_hand import by_hand  # noqa: E402
+from candidates import LeastCertain  # noqa: E402
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer  # noqa: E402
+from fgm_trainer.attacks import Glance, Step  # noqa: E402
 
 
 def trained(path, kind, model, steps=3, **parts):
@@ -70,3 +73,11 @@ def test_the_benchmark_of_a_step_runs(tmp_path, monkeypatch):
     assert figures["python"]["fgm"]["median"] > 0
     assert (tmp_path / "step.png").stat().st_size > 10_000
     assert "| tiny | 4 x 8 | fgm |" in (tmp_path / "step.md").read_text()
+
+
+def test_the_least_certain_examples_are_chosen():
+    passes = LeastCertain(share=0.5).passes(Step(0.3, 0, None, 4))
+    assert isinstance(next(passes), Glance)
+    logits = torch.tensor([[3.0, 0.0], [0.1, 0.0], [0.0, 2.0], [0.0, 0.5]])
+    request = passes.send(SimpleNamespace(outputs=(logits,)))
+    assert request.rows.tolist() == [1, 3]
