@@ -146,9 +146,10 @@ class MicroBatch:
         compute_loss: Callable[..., Any] = trainer.compute_loss
         backward = trainer.accelerator.backward
 
-        @functools.wraps(compute_loss)
+        # Its signature is found; the rest that `wraps` copies costs as much as a pass's hook.
+        @functools.wraps(compute_loss, assigned=(), updated=())
         def weighted(*args: Any, **kwargs: Any) -> Any:
-            asked = kwargs.get("return_outputs", False) or any(a is True for a in args[2:3])
+            asked = kwargs.get("return_outputs", False) or args[2:3] == (True,)
             wanted = {"return_outputs": True} if self._attack.reads_outputs and not asked else {}
             result = compute_loss(*args, **kwargs, **wanted)
             self._place.forward_ended(seen, self._inputs)
@@ -161,7 +162,7 @@ class MicroBatch:
                     problem = problem_of(trainer._inner(self._model))
                     found.divergence = divergence(logits, request.against, problem, self._inputs.get("attention_mask"))
             measure = loss if found.divergence is None else found.divergence
-            if measure.requires_grad:
+            if seen.wanted and measure.requires_grad:
                 measure.register_hook(found.scale.append)
             loss = loss if request.weight == 1 else loss * request.weight
             return (loss, outputs) if asked else loss

@@ -76,7 +76,7 @@ class Pass:
         padding_id: int | None = None,
         clip: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self._delta, self._wanted, self._scope = delta, gradient, scope
+        self._delta, self.wanted, self._scope = delta, gradient, scope
         self._padding_id, self._clip = padding_id, clip
         self._chosen: tuple[Tensor, int] | None = None
         self._earlier: Earlier | None = None
@@ -131,16 +131,16 @@ class Pass:
 
     def _moved(self, value: Tensor, delta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The leaf that the gradient is read from, and what goes on through the model."""
-        if self._wanted and self._earlier is not None:
+        if self.wanted and self._earlier is not None:
             # The way back ends here.
             leaf = (value if self._delta is None else value + delta).detach().requires_grad_()
             return leaf, leaf
         if self._earlier is not None:
             self._send_on(value, rows)
-        if self._delta is None and not self._wanted:
+        if self._delta is None and not self.wanted:
             return delta, value
         leaf = delta
-        if self._wanted:
+        if self.wanted:
             leaf = (torch.zeros_like(value) if self._delta is None else delta).detach().requires_grad_()
         moved = value + leaf
         if self._clip is not None and self._delta is not None:
@@ -216,14 +216,14 @@ class Pass:
 
     def _again(self, value: Tensor) -> Tensor:
         """Gradient checkpointing runs a layer's forward again inside the backward pass: the same leaf is added."""
-        if self._delta is None and not self._wanted and self._earlier is None:
+        if self._delta is None and not self.wanted and self._earlier is None:
             return value
         if len(self._leaves) != 1:
             raise RuntimeError(
                 f"The target is called {len(self._leaves)} times inside checkpointed layers, so a recomputation can't "
                 "tell which call it repeats. Turn gradient checkpointing off or choose another adv_target."
             )
-        if self._wanted and self._earlier is not None:
+        if self.wanted and self._earlier is not None:
             return self._leaves[0]
         if self._earlier is not None:
             self._send_on(value, slice(0, value.shape[0]))
