@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 
@@ -73,6 +73,27 @@ class Twice(ByHand):
         """Two."""
         super().passes()
         super().passes()
+
+
+class GradientAlone(ByHand):
+    """A pass for the gradient at the embeddings, without any weight's: what a first pass costs that trains nothing."""
+
+    def passes(self) -> None:
+        """Forward, and back to the lookup's output."""
+        leaves: list[Tensor] = []
+
+        def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
+
+        model: Any = self.trainer.model
+        handle = model.train().get_input_embeddings().register_forward_hook(cut)
+        try:
+            with self.trainer.compute_loss_context_manager():
+                loss: Any = self.trainer.compute_loss(model, dict(self.batch))
+            torch.autograd.grad(loss, leaves)
+        finally:
+            handle.remove()
 
 
 def now(clock: Callable[[], float]) -> float:

@@ -46,7 +46,9 @@ def leave():
 
 if __name__ == "__main__":
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-        let_deepspeed_in()
+        # `Trainer` has a flag for it.
+        if "--ddp_backend" not in sys.argv:
+            let_deepspeed_in()
     elif "ACCELERATE_USE_FSDP" in os.environ:
         let_fsdp_in()
     else:

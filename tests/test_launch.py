@@ -65,7 +65,8 @@ def start(name, world, *flags, script="run_glue.py", settings=(), code=0):
         return launch(RAY, world, *flags, code=code, RAY_AUTH_MODE="disabled", HOME=str(world))
     if name == "torchrun":
         return launch([*TORCHRUN, ON_CPU, script], world, *flags)
-    return launch([*accelerate(name), *settings, ON_CPU, script], world, *flags)
+    backend = ["--ddp_backend", "gloo"] if name.startswith("zero") and script.name == "run_glue.py" else []
+    return launch([*accelerate(name), *settings, ON_CPU, script], world, *flags, *backend)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def case(request, world):
     out = world / f"{engine}-{method}"
     rows = ["--per_device_train_batch_size", "8" if engine == "one" else "4"]
     flags = ["--model_name_or_path", world / "model", "--train_file", world / "single.csv", "--adv_method", method]
-    flags += [*FLAGS, *rows]
+    flags += [*FLAGS, *rows, *(["--ddp_backend", "gloo"] if engine.startswith("zero") else [])]
     rank = 0 if engine == "one" else 1
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(start, engine, world, EXAMPLES / "run_glue.py", *flags, "--output_dir", out / "whole")
