@@ -60,7 +60,7 @@ class MicroBatch:
         self._model, self._inputs, self._given = model, inputs, given
         self._stock, self._loss_arguments = stock, loss_arguments
         self._earlier = earlier_passes(place, trainer.accelerator)
-        self._masks = Masks(trainer.args.device, trainer._same_dropout)
+        self._masks = Masks(trainer.accelerator.device, trainer._same_dropout)
         self._clean: Tensor | None = None
         self._perturbed: list[Tensor] = []
         self._norms: Tensor | None = None
