@@ -197,13 +197,14 @@ def picture(args: BenchmarkArguments) -> None:
     costs = json.loads((folder / "cost.json").read_text())["ratio"]
     robust = {name: [100 * f["pgd-10"]["0.2"] for f in effects(folder, name)] for name in args.methods}
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    measured = sorted((name for name in robust if robust[name]), key=lambda name: costs[name]["median"])
-    for number, name in enumerate(measured):
-        values, above = robust[name], number % 2
-        place = costs[name]["median"], statistics.mean(values)
+    places = {name: (costs[name]["median"], statistics.mean(values)) for name, values in robust.items() if values}
+    for name, place in places.items():
+        values = robust[name]
+        # Of two that lie close together, the right one's name stands below.
+        close = any(0 < place[0] - cost < 0.05 and abs(place[1] - other) < 1.5 for cost, other in places.values())
         axes.plot([place[0]] * 2, [min(values), max(values)], color="#b0b0b0", linewidth=1, zorder=1)
         axes.scatter(*place, color="black" if name in ("stock", "fgm") else "#2a6f97", zorder=2)
-        axes.annotate(name, place, xytext=(5, 4 if above else -11), textcoords="offset points", fontsize=8)
+        axes.annotate(name, place, xytext=(5, -11 if close else 4), textcoords="offset points", fontsize=8)
     stock, fgm = (statistics.mean(robust[name]) for name in ("stock", "fgm"))
     axes.axhline(stock + 0.9 * (fgm - stock), color="#c1121f", linewidth=0.8)
     axes.axvline(1.3, color="#c1121f", linewidth=0.8)
