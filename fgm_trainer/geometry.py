@@ -79,6 +79,10 @@ class Units:
         once = self.tokens if self.entries is None else self._once()
         return self._only(once, ones).sum(dim=self._dims(values), keepdim=True)
 
+    def only_tokens(self, values: Tensor) -> Tensor:
+        """`values`, zero where there is no token."""
+        return self._only(self.tokens, values)
+
     def _dims(self, values: Tensor) -> tuple[int, ...]:
         first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]
         return tuple(range(first, values.dim()))
@@ -230,7 +234,7 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
 
 def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
     largest = units.largest(member)
-    # A unit whose largest entry is 0, infinite or NaN becomes NaN as a whole, and that zero.
+    # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
     if norm in ("none", "linf"):
         member = (member if norm == "none" else member.sign()) * (largest / largest)
     else:

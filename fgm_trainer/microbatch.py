@@ -122,7 +122,7 @@ class MicroBatch:
         return self._counted(answer)
 
     def _counted(self, answer: Answer) -> Answer:
-        self._trainer._window.gradient(answer.gradient)
+        self._trainer._window.gradient(answer.units.only_tokens(answer.gradient))
         return answer
 
     def _check_forward(self, seen: Pass) -> None:
@@ -149,7 +149,7 @@ class MicroBatch:
         # Its signature is found; the rest that `wraps` copies costs as much as a pass's hook.
         @functools.wraps(compute_loss, assigned=(), updated=())
         def weighted(*args: Any, **kwargs: Any) -> Any:
-            asked = kwargs.get("return_outputs", False) or args[2:3] == (True,)
+            asked = kwargs.get("return_outputs", False) or any(a is True for a in args[2:3])
             wanted = {"return_outputs": True} if self._attack.reads_outputs and not asked else {}
             result = compute_loss(*args, **kwargs, **wanted)
             self._place.forward_ended(seen, self._inputs)

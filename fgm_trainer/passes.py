@@ -271,8 +271,6 @@ class Pass:
 
 def _cut(stacked: Tensor, rows: slice, value: Tensor) -> Tensor:
     """The part of one call, whose value is given."""
-    if stacked.shape == value.shape:
-        return stacked
     return stacked[rows] if stacked.dim() < 3 else stacked[rows, : value.shape[1]]
 
 

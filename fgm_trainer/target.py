@@ -217,11 +217,7 @@ def still_statistics(model: nn.Module | None) -> Iterator[None]:
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
     """The hook, which no compiled graph takes in."""
     # A hook keeps state from call to call, which a compiled graph can't. Whether the model is compiled does not matter:
-    # it does not know of a `torch.compile` around it, or of one that comes later. A compiler takes the first way, and
-    # it alone, since that costs as much Python as the hook.
+    # it does not know of a `torch.compile` around it, or of one that comes later. (A function around both that asks
+    # `is_dynamo_compiling` is cheaper in eager, but is itself compiled anew for every hook, shape and gradient mode.)
     outside: Callable[..., Any] = torch.compiler.disable(hook)
-
-    def either(*args: Any, **kwargs: Any) -> Any:
-        return outside(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else hook(*args, **kwargs)
-
-    return either
+    return outside
