@@ -214,6 +214,33 @@ def poison(model, value, rows):
     return lambda: model.bert.embeddings.word_embeddings.register_forward_hook(on_output)
 
 
+@pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
+def test_a_gradient_that_is_not_finite_at_padding_alone_is_no_skipped_step(tmp_path, scope):
+    model = tiny_bert()
+    model.bert.embeddings.word_embeddings.requires_grad_(False)
+    register = poison(model, float("nan"), (slice(None), slice(-1, None)))
+    data = [row | {"attention_mask": [1] * (len(row["input_ids"]) - 1) + [0]} for row in examples()]
+    trainer = AdversarialTrainer(model=model, args=flags(tmp_path, max_steps=1, adv_scope=scope), train_dataset=data)
+    trainer._attached = attached_and(trainer, register)
+    trainer.train()
+    line = next(h for h in trainer.state.log_history if "adv_loss" in h)
+    assert line["adv_skipped"] == 0
+    assert line["adv_delta_norm"] > 0
+
+
+def attached_and(trainer, register):
+    attached = trainer._attached
+
+    def attach_then_register(*args):
+        fresh = trainer._place is None
+        place = attached(*args)
+        if fresh:
+            register()
+        return place
+
+    return attach_then_register
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
 def test_a_non_finite_gradient_gives_no_perturbation_in_its_unit_and_is_counted(tmp_path, value, scope):
@@ -223,16 +250,7 @@ def test_a_non_finite_gradient_gives_no_perturbation_in_its_unit_and_is_counted(
     trainer = AdversarialTrainer(
         model=model, args=flags(tmp_path, max_steps=1, adv_scope=scope), train_dataset=examples()
     )
-    attached = trainer._attached
-
-    def attach_then_poison(*args):
-        fresh = trainer._place is None
-        place = attached(*args)
-        if fresh:
-            register()
-        return place
-
-    trainer._attached = attach_then_poison
+    trainer._attached = attached_and(trainer, register)
     trainer.train()
     line = next(h for h in trainer.state.log_history if "adv_loss" in h)
     assert line["adv_skipped"] == 1
