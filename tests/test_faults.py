@@ -335,3 +335,14 @@ def test_training_twice_and_evaluating_between_leaves_nothing_behind(tmp_path):
     assert report.examples == 8
     trainer.train()
     assert hooks(model) == before
+
+
+def test_the_ratio_is_to_the_tokens_and_not_to_the_padding(tmp_path):
+    model = tiny_bert()
+    row = examples(3)[2]
+    values = model.bert.embeddings.word_embeddings(row["input_ids"]).detach() * row["attention_mask"].unsqueeze(-1)
+    settings = flags(tmp_path, max_steps=1, adv_scope="example")
+    trainer = AdversarialTrainer(model=model, args=settings, train_dataset=[row] * 8)
+    trainer.train()
+    line = next(h for h in trainer.state.log_history if "adv_loss" in h)
+    assert line["adv_delta_ratio"] == pytest.approx(line["adv_delta_norm"] / values.norm().item(), rel=1e-5)
