@@ -68,7 +68,7 @@ METHODS = TRAININGS | {
     "fgm, adversarial only": (AdversarialTrainer, {"attack": FGM(clean_weight=0.0)}),
 }
 FEW = ("fgm", "fgm in place")
-# Two of our passes, and a pass without weight gradients, as they would be without anything of ours.
+# Without anything of ours: two passes whose gradients add up, and a pass for the gradient at the embeddings alone.
 REFERENCES = ("stock, two", "gradient alone")
 ALL = tuple(METHODS)[1:]
 
@@ -190,7 +190,6 @@ def trainers(shape: Shape, methods: tuple[str, ...], folder: str) -> dict[str, B
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     parts = {"optimizers": (optimizer, schedule), "bf16": shape.bf16}
     found = {m: by_hand(METHODS[m][0], model, batch, folder, **parts, **METHODS[m][1]) for m in methods}
-    # What two passes cost that add up in one place: the second one's gradients are added, the first one's are not.
     two, alone = REFERENCES
     references: dict[str, ByHand] = {two: Twice(found["stock"].trainer, batch)}
     if "fgm, adversarial only" in methods:

@@ -257,8 +257,6 @@ class Pass:
     def _find_tokens(self, value: Tensor, ids: Tensor | None) -> Tensor | None:
         places = value.shape[:-1] if ids is None else ids.shape
         mask = None if self.mask is None or len(places) != 2 else self.mask.to(value.device).bool()
-        if mask is not None and mask.shape == places:
-            return mask
         if mask is not None and mask.shape[-1] == places[1] and mask.numel() == places.numel():
             return mask.view(places)
         if mask is not None and mask.shape[0] == places[0] and mask.shape[1] < places[1]:
