@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,65 @@ class _TellsPasses(Trainer):
     def cheaper(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model's forward pass is cheaper than it should be."""
         yield
+
+
+class ByScore(PartialFGM):
+    """`partial_fgm` on the examples that score highest; on random ones where one of the batch has no score yet."""
+
+    # Of the batch at hand, one an example; the trainer puts them here.
+    scores: ClassVar[list[float | None]] = []
+
+    def passes(self, step: Step) -> Passes:
+        """`partial_fgm`'s."""
+        if None in self.scores:
+            return (yield from super().passes(step))
+        order = sorted(range(step.examples), key=lambda row: -self.scores[row])  # type: ignore[operator]
+        chosen = torch.tensor(order[: round(self.share * step.examples)])
+        part = yield Look(rows=chosen)
+        return Train(self.step(part, step.epsilon), rows=chosen)
+
+
+class LeastCertainBefore(AdversarialTrainerMixin, _TellsPasses):
+    """`ByScore` by what the training passes of earlier epochs said of an example, which costs no pass.
+
+    The score: how little probability the true class had when the example was last met.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # By an example's tokens, the probability of its class each time that it was met.
+        self._known: dict[tuple[int, ...], list[float]] = {}
+        self._rows: list[list[float]] = []
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Scores the batch first."""
+        ids = [tuple(row[row != 0].tolist()) for row in inputs["input_ids"]]
+        self._rows = [self._known.setdefault(own, []) for own in ids]
+        ByScore.scores[:] = [self.score(row) for row in self._rows]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Notes the probabilities, where the pass trains."""
+        if not self._trains:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
+        right = outputs.logits.detach().softmax(-1).gather(1, labels.view(-1, 1)).flatten()
+        for row, value in zip(self._rows, right.tolist(), strict=True):
+            row.append(value)
+        return loss
+
+    def score(self, met: list[float]) -> float | None:
+        """From what is known of one example; None where that is not enough."""
+        return -met[-1] if met else None
+
+
+class JustMoved(LeastCertainBefore):
+    """The score: by how much that probability changed between the last two times."""
+
+    def score(self, met: list[float]) -> float | None:
+        """As above."""
+        return abs(met[-1] - met[-2]) if len(met) > 1 else None
 
 
 class LowPrecisionLook(AdversarialTrainerMixin, _TellsPasses):

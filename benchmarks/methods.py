@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from by_hand import by_hand
-from candidates import LeastCertain, LowPrecisionLook, Remembered, ShallowLook
+from candidates import ByScore, JustMoved, LeastCertain, LeastCertainBefore, LowPrecisionLook, Remembered, ShallowLook
 from demo import GROUP_BY_LENGTH, by_length, encode, new_model
 from machine import machine, versions
 from reviews import load_reviews, pretrained_model
@@ -94,7 +94,12 @@ CANDIDATES: dict[str, Method] = {
     "all, half of the layers": Method(ALONE, ShallowLook),
     "remembered": Method(None, Remembered),
 }
-ALL = METHODS | CANDIDATES
+# These know more of an example each time that they meet it: from the second or third epoch on.
+BY_MEMORY: dict[str, Method] = {
+    "0.4, least certain before": Method(ByScore(), LeastCertainBefore),
+    "0.4, just moved": Method(ByScore(), JustMoved),
+}
+ALL = METHODS | CANDIDATES | BY_MEMORY
 
 
 @dataclass
@@ -102,10 +107,13 @@ class BenchmarkArguments:
     """What is measured."""
 
     parts: list[str] = field(metadata={"help": "`cost`, `effect`, `table`, `picture`."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "Names, or `candidates`."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": "Names, or `candidates`, or `memory`."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the head, the order of the data and the dropout."})
     rounds: int = field(default=7, metadata={"help": "Rounds of the timing."})
     train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
+    epochs: float = field(default=1.0, metadata={"help": "How often each of them is met."})
     test_samples: int = field(default=200, metadata={"help": "Movie snippets under attack."})
     output: str = field(default="runs/methods", metadata={"help": "Where the figures go."})
 
@@ -146,7 +154,7 @@ def effect(args: BenchmarkArguments, folder: Path, train: list[dict[str, Any]], 
     for name in args.methods:
         method = ALL[name]
         flags = AdversarialTrainingArguments(
-            num_train_epochs=1,
+            num_train_epochs=args.epochs,
             per_device_train_batch_size=16,
             learning_rate=1e-4,
             seed=args.seed,
@@ -253,6 +261,8 @@ def main() -> None:
     )
     if args.methods == ["candidates"]:
         args.methods = ["stock", "fgm", "fgm, adversarial only", "partial_fgm", *CANDIDATES]
+    if args.methods == ["memory"]:
+        args.methods = ["stock", "fgm", "partial_fgm", *BY_MEMORY]
     if {"cost", "effect"} & set(args.parts):
         folder, reviews = pretrained_model(), load_reviews()
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .attacks import Answer, Attack, Glance, Look, Train
 from .inspection import mean_embedding_norm
 from .objective import Outputs, detached, divergence, logits_of, problem_of, relabelled
-from .passes import Earlier, Pass
+from .passes import Pass
 from .target import Target, glance, look
 
 EPSILON_UNITS = ("absolute", "embedding")
@@ -72,7 +72,8 @@ def answer_look(
 
 def answer_from(seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) -> Answer:
     """What an attack is told of a pass."""
-    return Answer(gradient, seen.units(), loss, seen.like(), outputs, seen.ids())
+    units = seen.units()
+    return Answer(units.only_tokens(gradient), units, loss, seen.applied(), outputs, seen.ids())
 
 
 def examples_in(batch: Mapping[str, Any]) -> int:
@@ -127,14 +128,13 @@ def unit_of(name: str, model: nn.Module) -> float:
     return mean_embedding_norm(model) if name == "embedding" else 1.0
 
 
-def earlier_passes(place: Target, accelerator: Any) -> Earlier | None:
-    """Where the passes of one micro-batch keep what they owe the lookup's weight; None where each has to send it on.
+def gradients_wait(place: Target, accelerator: Any) -> bool:
+    """Whether what the earlier passes of a micro-batch owe the lookup's weight can wait for the last one.
 
-    Engines that reduce the gradients of every pass expect each weight's in each of them.
+    Not under engines that reduce the gradients of every pass: they expect each weight's in each of them.
     """
     kind = getattr(getattr(accelerator, "distributed_type", None), "value", None)
-    waits = place.can_wait and place.clip is None and kind not in ("DEEPSPEED", "FSDP")
-    return Earlier() if waits else None
+    return place.can_wait and place.clip is None and kind not in ("DEEPSPEED", "FSDP")
 
 
 @contextmanager

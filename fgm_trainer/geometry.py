@@ -7,6 +7,7 @@ unit by itself. Arithmetic is in float32 at least.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -48,59 +49,68 @@ class Units:
 
         In scope `vocabulary` a member is a vocabulary entry: its gradient is the sum over the positions that hold it.
         """
-        gradient = self._only(self.tokens, widen(gradient))
+        return self.everywhere(self.members(gradient))
+
+    def members(self, gradient: Tensor) -> Tensor:
+        """As `pool`, but each member once: at the position that stands for it, zero at the others."""
+        gradient = self.only_tokens(widen(gradient))
         if self.entries is None:
             return gradient
         flat = gradient.flatten(0, -2)
-        entries = self.entries.flatten()
-        sums = torch.zeros_like(flat).index_add_(0, entries, flat)
-        # Positions without a token hold no entry of a token's, and have been zero since above.
-        return sums[entries].view_as(gradient)
+        return torch.zeros_like(flat).index_add_(0, self.entries.flatten(), flat).view_as(gradient)
+
+    def everywhere(self, members: Tensor) -> Tensor:
+        """What each member has, at all positions that hold it."""
+        if self.entries is None:
+            return members
+        return members.flatten(0, -2)[self.entries.flatten()].view_as(members)
 
     def share(self, values: Tensor) -> Tensor:
         """`values` with one value a unit member: all positions that hold a vocabulary entry get the same."""
-        if self.entries is not None:
-            values = values.flatten(0, -2)[self.entries.flatten()].view_as(values)
-        return self._only(self.tokens, widen(values))
+        return self.only_tokens(self.everywhere(widen(values)))
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest absolute value of each unit, in a shape that broadcasts against `values`; NaN stays NaN."""
-        norm: Tensor = torch.linalg.vector_norm(values, ord=math.inf, dim=self._dims(values), keepdim=True)
-        return norm
+        return self.norms(values, math.inf)
 
     def euclidean(self, values: Tensor) -> Tensor:
         """The Euclidean norm of each unit, every member counted once, in a shape that broadcasts against `values`."""
-        norm: Tensor = torch.linalg.vector_norm(self._only(self._once(), values), dim=self._dims(values), keepdim=True)
-        return norm
+        return self.norms(self.once(values), 2.0)
 
     def count(self, values: Tensor) -> Tensor:
         """The number of entries of each unit, every member counted once, in a shape that broadcasts."""
         ones = torch.ones_like(widen(values))
-        once = self.tokens if self.entries is None else self._once()
-        return self._only(once, ones).sum(dim=self._dims(values), keepdim=True)
+        return self.once(self.only_tokens(ones)).sum(dim=self._dims(values), keepdim=True)
 
     def only_tokens(self, values: Tensor) -> Tensor:
         """`values`, zero where there is no token."""
-        return self._only(self.tokens, values)
+        # Filled, not multiplied: inf * 0 is NaN.
+        return values if self.tokens is None else values.masked_fill(self._not_a_token, 0.0)
+
+    def once(self, values: Tensor) -> Tensor:
+        """`values`, in scope `vocabulary` each member once: at the position that stands for it, zero at the others."""
+        return values if self.entries is None else values.masked_fill(self._not_once, 0.0)
+
+    def norms(self, values: Tensor, order: float) -> Tensor:
+        """The norm of all entries of each unit, in a shape that broadcasts against `values`."""
+        norm: Tensor = torch.linalg.vector_norm(values, order, dim=self._dims(values), keepdim=True)
+        return norm
 
     def _dims(self, values: Tensor) -> tuple[int, ...]:
         first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]
         return tuple(range(first, values.dim()))
 
-    def _once(self) -> Tensor | None:
-        """True at one position of every unit member."""
-        if self.entries is None:
-            return None
-        own = torch.arange(self.entries.numel(), device=self.entries.device).view_as(self.entries)
-        once = self.entries == own
-        return once if self.tokens is None else once & self.tokens
+    @functools.cached_property
+    def _not_a_token(self) -> Tensor:
+        assert self.tokens is not None
+        return ~self.tokens.unsqueeze(-1)
 
-    @staticmethod
-    def _only(positions: Tensor | None, values: Tensor) -> Tensor:
-        if positions is None:
-            return values
-        # `where`, not a product: inf * 0 is NaN.
-        return torch.where(positions.unsqueeze(-1), values, 0.0)
+    @functools.cached_property
+    def _not_once(self) -> Tensor:
+        assert self.entries is not None
+        own = torch.arange(self.entries.numel(), device=self.entries.device).view_as(self.entries)
+        others = (self.entries != own).unsqueeze(-1)
+        return others if self.tokens is None else others | self._not_a_token
 
 
 @dataclass(frozen=True)
@@ -119,18 +129,6 @@ class Segments(Units):
     def __post_init__(self) -> None:
         pass
 
-    def pool(self, gradient: Tensor) -> Tensor:
-        return widen(gradient)
-
-    def share(self, values: Tensor) -> Tensor:
-        return widen(values)
-
-    def largest(self, values: Tensor) -> Tensor:
-        return self._norms(values, math.inf)
-
-    def euclidean(self, values: Tensor) -> Tensor:
-        return self._norms(values, 2.0)
-
     def count(self, values: Tensor) -> Tensor:
         return self.spread(widen(values).new_tensor(self.sizes))
 
@@ -138,7 +136,7 @@ class Segments(Units):
         """One value a part, (parts,), as one value an entry."""
         return torch.cat([value.expand(size) for value, size in zip(each, self.sizes, strict=True)])
 
-    def _norms(self, values: Tensor, order: float) -> Tensor:
+    def norms(self, values: Tensor, order: float) -> Tensor:
         return self.spread(torch.stack([torch.linalg.vector_norm(v, order) for v in values.split(self.sizes)]))
 
 
@@ -154,9 +152,7 @@ def shared_entries(ids: Tensor, tokens: Tensor | None, size: int) -> Tensor:
         size: V, more than the largest id.
     """
     own = torch.arange(ids.numel(), device=ids.device)
-    flat = ids.flatten().long()
-    if tokens is not None:
-        flat = torch.where(tokens.flatten(), flat, size)
+    flat = (ids.long() if tokens is None else ids.long().masked_fill(~tokens, size)).flatten()
     # Several writes to one place: any of them may win, and all who read it see the same winner.
     holder = own.new_empty(size + 1)
     holder[flat] = own
@@ -180,7 +176,7 @@ def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
     Returns:
         A tensor of the gradient's shape, in float32 at least, zero where there is no token.
     """
-    return _direction(units.pool(gradient), norm, units)
+    return units.everywhere(_direction(units.members(gradient), norm, units))
 
 
 def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
@@ -193,7 +189,8 @@ def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
         seed: the same seed gives the same direction on the same kind of device; the global random state is
             neither read nor changed.
     """
-    return _direction(gaussian(like, units, seed), "l2" if norm == "none" else norm, units)
+    members = units.once(gaussian(like, units, seed))
+    return units.everywhere(_direction(members, "l2" if norm == "none" else norm, units))
 
 
 def uniform(like: Tensor, units: Units, seed: int) -> Tensor:
@@ -233,7 +230,8 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
 
 
 def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
-    largest = units.largest(member)
+    # Each member is there once, and zero elsewhere.
+    largest = units.norms(member, math.inf)
     # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
     if norm in ("none", "linf"):
         member = (member if norm == "none" else member.sign()) * (largest / largest)
@@ -241,7 +239,7 @@ def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
         # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
         member = member / largest
     if norm == "l2":
-        member = member / units.euclidean(member)
+        member = member / units.norms(member, 2.0)
     return member.nan_to_num_(0.0)
 
 

@@ -16,12 +16,11 @@ from .driving import (
     answer_from,
     answer_look,
     chosen_in,
-    earlier_passes,
     gradients_stay_local,
     scaled_as_the_engine_would,
 )
 from .objective import Outputs, detached, divergence, logits_of, problem_of
-from .passes import Pass
+from .passes import Earlier, Pass
 from .randomness import Masks
 from .target import Target
 
@@ -59,15 +58,17 @@ class MicroBatch:
         self._trainer, self._attack, self._scope, self._place = trainer, attack, scope, place
         self._model, self._inputs, self._given = model, inputs, given
         self._stock, self._loss_arguments = stock, loss_arguments
-        self._earlier = earlier_passes(place, trainer.accelerator)
+        self._compute_loss: Callable[..., Any] = trainer.compute_loss
+        self._earlier = Earlier() if trainer._gradients_wait else None
         self._masks = Masks(trainer.accelerator.device, trainer._same_dropout)
         self._clean: Tensor | None = None
         self._perturbed: list[Tensor] = []
-        self._norms: Tensor | None = None
+        self._norms: tuple[Tensor, Tensor] | None = None
 
     def run(self, step: Step) -> Tensor:
         """All passes. Returns the clean loss as `Trainer` reports it, or where no pass is clean, the first one's."""
-        run(self._attack, step, self._train, self._look)
+        with self._measured():
+            run(self._attack, step, self._train, self._look)
         several = len(self._perturbed) > 1
         mean = torch.stack(self._perturbed).mean(0) if several else self._perturbed[0]
         self._trainer._window.perturbed(mean, self._norms)
@@ -75,9 +76,8 @@ class MicroBatch:
 
     def check(self) -> Tensor:
         """A clean pass that finds out whether this batch can be attacked, where the attack starts later."""
-        with self._place.record(gradient=True, scope=self._scope) as seen, self._measured(seen, Train()):
-            loss = self._stock()
-            self._check_forward(seen)
+        with self._measured(), self._place.record(gradient=True, scope=self._scope) as seen:
+            loss, _ = self._pass(seen, Train())
         seen.gradient([leaf.grad for leaf in seen.leaves])
         seen.units()
         return loss
@@ -89,9 +89,8 @@ class MicroBatch:
             request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
         )
         local = nullcontext() if last else gradients_stay_local(trainer.accelerator, self._model)
-        with self._masks.drawn(request.masks), local, recorded as seen, self._measured(seen, request) as found:
-            reported = self._stock()
-            self._check_forward(seen)
+        with self._masks.drawn(request.masks), local, recorded as seen:
+            reported, found = self._pass(seen, request)
         unweighted = _over(reported, request.weight)
         loss = unweighted if found.reported is None else found.reported
         if request.delta is None:
@@ -113,7 +112,7 @@ class MicroBatch:
 
         def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
             with trainer.compute_loss_context_manager():
-                result: Any = trainer.compute_loss(model, dict(batch), **wanted, **self._loss_arguments)
+                result: Any = self._compute_loss(model, dict(batch), **wanted, **self._loss_arguments)
             return result if wanted else (result, None)
 
         scaled = functools.partial(scaled_as_the_engine_would, trainer.accelerator)
@@ -122,83 +121,102 @@ class MicroBatch:
         return self._counted(answer)
 
     def _counted(self, answer: Answer) -> Answer:
-        self._trainer._window.gradient(answer.units.only_tokens(answer.gradient))
+        self._trainer._window.gradient(answer.gradient)
         return answer
 
-    def _check_forward(self, seen: Pass) -> None:
+    def _pass(self, seen: Pass, request: Train) -> tuple[Tensor, _Found]:
+        """One stock step: what it reports, and what was found out inside."""
+        self._found = found = _Found(seen, request)
+        reported = self._stock()
         if not seen.forward_done:
             raise RuntimeError(
                 f"{type(self._trainer).__name__}.training_step does not call self.compute_loss, where the loss is "
                 "weighted and the perturbation checked. Let it call compute_loss, or use fgm_trainer.raw.Adversary in "
                 "a loop."
             )
+        return reported, found
 
     @contextmanager
-    def _measured(self, seen: Pass, request: Train) -> Iterator[_Found]:
-        """Weights the loss and adds the divergences.
+    def _measured(self) -> Iterator[None]:
+        """Inside, training passes weight the loss and add the divergences.
 
-        `compute_loss` is wrapped on the instance, so overrides above and below are all inside. `scale` is d(what
-        backward starts from) / d(loss): it holds whatever the engine multiplies in, such as accumulation, GradScaler,
-        DeepSpeed's loss scale and the weight. A divergence is added where backward starts, since `Trainer` divides
-        some losses by the accumulation steps, and not others.
+        `compute_loss` is wrapped on the instance, so overrides above and below are all inside.
         """
-        trainer, found = self._trainer, _Found()
-        compute_loss: Callable[..., Any] = trainer.compute_loss
-        backward = trainer.accelerator.backward
 
         # Its signature is found; the rest that `wraps` copies costs as much as a pass's hook.
-        @functools.wraps(compute_loss, assigned=(), updated=())
+        @functools.wraps(self._compute_loss, assigned=(), updated=())
         def weighted(*args: Any, **kwargs: Any) -> Any:
-            asked = kwargs.get("return_outputs", False) or any(a is True for a in args[2:3])
-            wanted = {"return_outputs": True} if self._attack.reads_outputs and not asked else {}
-            result = compute_loss(*args, **kwargs, **wanted)
-            self._place.forward_ended(seen, self._inputs)
-            loss, outputs = result if isinstance(result, tuple) else (result, None)
-            found.loss = loss.detach()
-            if self._attack.reads_outputs:
-                logits = logits_of(outputs)
-                found.outputs = detached(logits)
-                if request.against:
-                    problem = problem_of(trainer._inner(self._model))
-                    found.divergence = divergence(logits, request.against, problem, self._inputs.get("attention_mask"))
-            measure = loss if found.divergence is None else found.divergence
-            if seen.wanted and measure.requires_grad:
-                measure.register_hook(found.scale.append)
-            loss = loss if request.weight == 1 else loss * request.weight
-            return (loss, outputs) if asked else loss
+            return self._weighted(*args, **kwargs)
 
-        def with_divergence(loss: Tensor, **kwargs: Any) -> None:
-            if found.divergence is not None:
-                share = found.divergence / trainer._micro_batches()
-                started = share * _divided_later(trainer.accelerator, kwargs)
-                if request.weight:
-                    loss = loss + started
-                else:
-                    # A loss of weight 0 is left out: 0 times NaN is NaN.
-                    loss = started
-                    found.loss = found.divergence.detach()
-                    found.reported = share.detach() / sum(a.weight for a in request.against)
-            backward(loss, **kwargs)
+        accelerator = self._trainer.accelerator
+        self._backward: Callable[..., None] = accelerator.backward
+        diverging = _put_on(accelerator, "backward", self._with_divergence) if self._attack.compares else nullcontext()
+        with _put_on(self._trainer, "compute_loss", weighted), diverging:
+            yield
 
-        diverging = _put_on(trainer.accelerator, "backward", with_divergence) if request.against else nullcontext()
-        with _put_on(trainer, "compute_loss", weighted), diverging:
-            yield found
+    def _weighted(self, *args: Any, **kwargs: Any) -> Any:
+        """`compute_loss` of a training pass."""
+        found, compares = self._found, self._attack.reads_outputs
+        asked = kwargs.get("return_outputs", False) or any(a is True for a in args[2:3])
+        wanted = {"return_outputs": True} if compares and not asked else {}
+        result = self._compute_loss(*args, **kwargs, **wanted)
+        self._place.forward_ended(found.seen, self._inputs)
+        loss, outputs = result if isinstance(result, tuple) else (result, None)
+        found.loss = loss.detach()
+        request = found.request
+        if compares:
+            logits = logits_of(outputs)
+            found.outputs = detached(logits)
+            if request.against:
+                problem = problem_of(self._trainer._inner(self._model))
+                found.divergence = divergence(logits, request.against, problem, self._inputs.get("attention_mask"))
+        measure = loss if found.divergence is None else found.divergence
+        if found.seen.wanted and measure.requires_grad:
+            measure.register_hook(found.scale.append)
+        loss = loss if request.weight == 1 else loss * request.weight
+        return (loss, outputs) if asked else loss
+
+    def _with_divergence(self, loss: Tensor, **kwargs: Any) -> None:
+        """`accelerator.backward` of a training pass.
+
+        A divergence is added here, since `Trainer` divides some losses by the accumulation steps, and not others.
+        """
+        found, request = self._found, self._found.request
+        if found.divergence is not None:
+            share = found.divergence / self._trainer._micro_batches()
+            started = share * _divided_later(self._trainer.accelerator, kwargs)
+            if request.weight:
+                loss = loss + started
+            else:
+                # A loss of weight 0 is left out: 0 times NaN is NaN.
+                loss = started
+                found.loss = found.divergence.detach()
+                found.reported = share.detach() / sum(a.weight for a in request.against)
+        self._backward(loss, **kwargs)
 
 
 class _Found:
     """What is found out during a training pass.
 
     Args:
+        seen: what the target met.
+        request: what was asked for.
+
+    Attributes:
         loss: the loss, or of a pass without one its divergence; unweighted, detached.
+        scale: d(what backward started from) / d(loss), once it is there: whatever the engine multiplies in, such as
+            accumulation, GradScaler, DeepSpeed's loss scale and the weight.
         reported: of a pass without a loss its divergence, unweighted, as `Trainer` would report a loss.
     """
 
-    def __init__(self) -> None:
+    loss: Tensor
+    reported: Tensor | None = None
+    outputs: Outputs = ()
+    divergence: Tensor | None = None
+
+    def __init__(self, seen: Pass, request: Train) -> None:
+        self.seen, self.request = seen, request
         self.scale: list[Tensor] = []
-        self.loss: Tensor = None  # type: ignore[assignment]  # there after the forward pass
-        self.reported: Tensor | None = None
-        self.outputs: Outputs = ()
-        self.divergence: Tensor | None = None
 
 
 def _over(loss: Tensor, weight: float) -> Tensor:

@@ -32,7 +32,7 @@ class LogWindow:
         # Of each step the largest entry of its gradients: not finite where one of them is not; None where it took none.
         self._largest: list[Tensor | None] = []
         self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
+        self._norms: list[tuple[Tensor, Tensor]] = []
         self._older_sums: list[Tensor] = []
         self._older_bad: list[Tensor] = []
 
@@ -50,8 +50,8 @@ class LogWindow:
         known = self._largest[-1]
         self._largest[-1] = largest if known is None else torch.maximum(known, largest)
 
-    def perturbed(self, loss: Tensor, norms: Tensor | None) -> None:
-        """A perturbed pass: its loss; of the last one the row norms of tensor and perturbation, (2, rows), too."""
+    def perturbed(self, loss: Tensor, norms: tuple[Tensor, Tensor] | None) -> None:
+        """A perturbed pass: its loss; of the last one the row norms of tensor and perturbation, (rows,) both, too."""
         self._losses.append(loss)
         if norms is not None:
             self._norms.append(norms)
@@ -76,7 +76,7 @@ class LogWindow:
     def _fold(self) -> None:
         """Makes sums of what is kept one by one."""
         losses = torch.stack([loss.sum().float() for loss in self._losses])
-        values, deltas = torch.cat(self._norms, 1)
+        values, deltas = (torch.cat(norms) for norms in zip(*self._norms, strict=True))
         ratios = torch.where(values > 0, deltas / values, 0.0)
         rows = losses.new_tensor(float(len(deltas)))
         self._older_sums.append(torch.stack([losses.sum(), deltas.sum(), ratios.sum(), rows]))

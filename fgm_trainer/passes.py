@@ -83,10 +83,11 @@ class Pass:
         # The attention mask of the call in progress, (rows, positions): true where there is a token.
         self.mask: Tensor | None = None
         self._leaves: list[Tensor] = []
-        self._deltas: list[Tensor] = []
+        self._deltas: list[Tensor | None] = []
         self._ids: list[Tensor | None] = []
         self._tokens: list[Tensor | None] = []
-        self._norms: list[Tensor] = []
+        self._value_norms: list[Tensor] = []
+        self._delta_norms: list[Tensor] = []
         self._vocabulary_size = 0
         self._row = self._used = 0
         self.calls = 0
@@ -116,34 +117,39 @@ class Pass:
         self._ids.append(ids)
         self._tokens.append(tokens)
         self._vocabulary_size = vocabulary_size
-        if self._delta is None:
-            delta = value.new_zeros(()).expand_as(value)
-        else:
-            delta = self._own_part(self._delta, value, ids, tokens).to(value.dtype)
-            if self._clip is not None:
-                delta = _inside(value.detach() + delta, *self._clip) - value.detach()
+        delta = None if self._delta is None else self._drawn(self._delta, value, ids, tokens)
         self._deltas.append(delta)
-        if self._delta is not None:
-            self._norms.append(_row_norms(value, delta, tokens))
         leaf, moved = self._moved(value, delta, rows)
         self._leaves.append(leaf)
         return moved
 
-    def _moved(self, value: Tensor, delta: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def _drawn(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """This call's own perturbation, as it is applied."""
+        own = self._own_part(delta, value, ids, tokens).to(value.dtype)
+        value = value.detach()
+        if self._clip is not None:
+            own = _inside(value + own, *self._clip) - value
+        self._value_norms.append(_row_norms(value, tokens))
+        # Zero where there is no token.
+        self._delta_norms.append(_row_norms(own))
+        return own
+
+    def _moved(self, value: Tensor, delta: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
         """The leaf that the gradient is read from, and what goes on through the model."""
         if self.wanted and self._earlier is not None:
             # The way back ends here.
-            leaf = (value if self._delta is None else value + delta).detach().requires_grad_()
+            leaf = (value if delta is None else value + delta).detach().requires_grad_()
             return leaf, leaf
         if self._earlier is not None:
             self._send_on(value, rows)
-        if self._delta is None and not self.wanted:
-            return delta, value
-        leaf = delta
         if self.wanted:
-            leaf = (torch.zeros_like(value) if self._delta is None else delta).detach().requires_grad_()
+            leaf = (torch.zeros_like(value) if delta is None else delta).detach().requires_grad_()
+        elif delta is None:
+            return value, value
+        else:
+            leaf = delta
         moved = value + leaf
-        if self._clip is not None and self._delta is not None:
+        if self._clip is not None and delta is not None:
             # The sum may round to just outside: the value is the range's own, the gradient as if nothing were done.
             moved = _inside(moved.detach(), *self._clip) + (moved - moved.detach())
         return leaf, moved
@@ -176,13 +182,18 @@ class Pass:
             self._earlier.add(stacked)
         return stacked
 
+    def no_gradient(self) -> Tensor:
+        """Zero, in the shape of `gradient`."""
+        return torch.zeros_like(_stack([leaf.detach() for leaf in self._leaves]))
+
     def units(self) -> Units:
         """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
         return self._units(self._leaves, self._ids, self._tokens)
 
-    def like(self) -> Tensor:
+    def applied(self) -> Tensor | None:
         """The perturbation as it was applied, (rows, positions, dimension): drawn, in the target's type, clipped."""
-        return _stack([delta.detach() for delta in self._deltas])
+        deltas = [delta.detach() for delta in self._deltas if delta is not None]
+        return _stack(deltas) if deltas else None
 
     def ids(self) -> Tensor | None:
         """The ids that were looked up, (rows, positions); None where the target is no lookup."""
@@ -210,24 +221,25 @@ class Pass:
             )
         return Units(scope, tokens)
 
-    def row_norms(self) -> Tensor:
-        """The Euclidean norms of the clean tensor and of the perturbation, for each row: (2, rows)."""
-        return self._norms[0] if len(self._norms) == 1 else torch.cat(self._norms, 1)
+    def row_norms(self) -> tuple[Tensor, Tensor]:
+        """The Euclidean norms of the clean tensor and of the perturbation, for each row: (rows,) both."""
+        return _joined(self._value_norms), _joined(self._delta_norms)
 
     def _again(self, value: Tensor) -> Tensor:
         """Gradient checkpointing runs a layer's forward again inside the backward pass: the same leaf is added."""
-        if self._delta is None and not self.wanted and self._earlier is None:
+        moves = self.wanted or self._delta is not None
+        if not moves and self._earlier is None:
             return value
         if len(self._leaves) != 1:
             raise RuntimeError(
                 f"The target is called {len(self._leaves)} times inside checkpointed layers, so a recomputation can't "
                 "tell which call it repeats. Turn gradient checkpointing off or choose another adv_target."
             )
-        if self.wanted and self._earlier is not None:
-            return self._leaves[0]
         if self._earlier is not None:
+            if self.wanted:
+                return self._leaves[0]
             self._send_on(value, slice(0, value.shape[0]))
-        return value + self._leaves[0]
+        return value + self._leaves[0] if moves else value
 
     def _send_on(self, value: Tensor, rows: slice) -> None:
         """Adds what earlier passes kept to the gradient that this pass sends to the lookup."""
@@ -295,11 +307,18 @@ def _inside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return values.clamp(low.to(values), high.to(values))
 
 
-def _row_norms(value: Tensor, delta: Tensor, tokens: Tensor | None) -> Tensor:
-    norms = torch.stack([torch.linalg.vector_norm(widen(v.detach()), dim=-1) for v in (value, delta)])
+def _row_norms(values: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """The Euclidean norm of each row, over the positions that hold a token: (rows,), in float32 at least."""
+    dtype = torch.float32 if values.dtype.itemsize < 4 else None
+    dims = tuple(range(1, values.dim())) if tokens is None else (-1,)
+    norms: Tensor = torch.linalg.vector_norm(values, dim=dims, dtype=dtype)
     if tokens is not None:
         norms = norms * tokens
-    return norms if norms.dim() < 3 else torch.linalg.vector_norm(norms.flatten(2), dim=2)
+    return norms if norms.dim() == 1 else torch.linalg.vector_norm(norms, dim=1)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

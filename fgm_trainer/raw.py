@@ -19,15 +19,16 @@ from .driving import (
     answer_from,
     answer_look,
     chosen_in,
-    earlier_passes,
     examples_in,
     gradients_stay_local,
+    gradients_wait,
     refuse_spread_weights,
     scaled_as_the_engine_would,
     unit_of,
 )
 from .inspection import input_embedding, shared_lookups
 from .objective import detached, divergence, logits_of, problem_of
+from .passes import Earlier
 from .randomness import Masks
 from .target import Target
 from .targets import find_target
@@ -236,6 +237,7 @@ class Adversary:
         self._scope = self._place.settle(attack.scope, attack.default_scope)
         self._place.attach(self._inner, model)
         self._place.clip = clip or self._place.clip
+        self._gradients_wait = gradients_wait(self._place, accelerator)
         self._count = 0
 
     def backward(
@@ -302,7 +304,7 @@ class _Passes:
     ) -> None:
         self._owner, self._inputs, self._given, self._loss_of = adversary, inputs, given, loss_of
         self._masks = Masks(next(adversary._inner.parameters()).device)
-        self._earlier = earlier_passes(adversary._place, adversary._accelerator)
+        self._earlier = Earlier() if adversary._gradients_wait else None
         self.losses: list[Tensor] = []
 
     def train(self, request: Train, last: bool) -> Answer | None:

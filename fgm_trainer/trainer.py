@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Attack, Memory, Step
 from .clipping import valid_range
-from .driving import examples_in, unit_of
+from .driving import examples_in, gradients_wait, unit_of
 from .microbatch import MicroBatch
 from .monitoring import CollapseWatch, LogWindow
 from .refusals import refuse
@@ -80,6 +80,7 @@ class AdversarialTrainerMixin(_Base):
         self._given_attack, self._given_target, self._given_schedule = attack, target, epsilon_schedule
         self._configure()
         self._place: Target | None = None
+        self._gradients_wait = False
         self._begin()
 
     def _begin(self) -> None:
@@ -158,7 +159,7 @@ class AdversarialTrainerMixin(_Base):
                 if first:
                     self._settle_memory()
                 loss = batch.run(Step(factor * attack.epsilon, self._seed(), self._memory, examples_in(inputs)))
-                self._memory_due = True
+                self._memory_due = self._memory is not None
             self._checked_batch = True
             return loss
         except BaseException:
@@ -278,6 +279,7 @@ class AdversarialTrainerMixin(_Base):
             place.attach(inner, model)
             place.clip = self._valid_range() or place.clip
             self._place = place
+            self._gradients_wait = gradients_wait(place, self.accelerator)
         if not self._unit_known:
             self._unit_known = True
             self._unit = unit_of(self._epsilon_unit, inner)

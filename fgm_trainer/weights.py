@@ -99,14 +99,17 @@ class _WeightPass(Pass):
     def units(self) -> Units:
         return self._segments
 
-    def like(self) -> Tensor:
-        return torch.cat([leaf.detach().flatten() for leaf in self._leaves])
+    def no_gradient(self) -> Tensor:
+        return torch.zeros_like(torch.cat([leaf.detach().flatten() for leaf in self._leaves]))
+
+    def applied(self) -> Tensor | None:
+        return None if self._flat is None else torch.cat([leaf.detach().flatten() for leaf in self._leaves])
 
     def ids(self) -> Tensor | None:
         return None
 
-    def row_norms(self) -> Tensor:
+    def row_norms(self) -> tuple[Tensor, Tensor]:
         assert self._flat is not None
         assert self._segments.lengths is not None
         parts = self._flat.split(self._segments.sizes)
-        return torch.stack([self._segments.lengths, torch.stack([torch.linalg.vector_norm(p) for p in parts])])
+        return self._segments.lengths, torch.stack([torch.linalg.vector_norm(p) for p in parts])

@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import step  # noqa: E402
 from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD  # noqa: E402
 from by_hand import by_hand  # noqa: E402
-from candidates import LeastCertain  # noqa: E402
+from candidates import ByScore, JustMoved, LeastCertain, LeastCertainBefore  # noqa: E402
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer  # noqa: E402
 from fgm_trainer.attacks import Glance, Step  # noqa: E402
@@ -81,3 +81,27 @@ def test_the_least_certain_examples_are_chosen():
     logits = torch.tensor([[3.0, 0.0], [0.1, 0.0], [0.0, 2.0], [0.0, 0.5]])
     request = passes.send(SimpleNamespace(outputs=(logits,)))
     assert request.rows.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("kind", "epochs"), [(LeastCertainBefore, 2), (JustMoved, 3)])
+def test_examples_are_chosen_by_what_earlier_epochs_said(tmp_path, monkeypatch, kind, epochs):
+    model = tiny("bert").float()
+    batch = batches(padded_data(model), 4)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    one = by_hand(kind, model, batch, str(tmp_path), optimizers=(optimizer, schedule), attack=ByScore(share=0.5))
+    chosen, passes = [], ByScore.passes
+
+    def noted(self, step):
+        chosen.append(next(passes(self, step)).rows.tolist())
+        return passes(self, step)
+
+    monkeypatch.setattr(ByScore, "passes", noted)
+    for _ in range(epochs):
+        one.passes()
+        one.update()
+    met = one.trainer._rows
+    assert all(len(row) == epochs for row in met)
+    scores = [-row[-2] if kind is LeastCertainBefore else abs(row[-2] - row[-3]) for row in met]
+    assert len(set(scores)) == 4
+    assert chosen[-1] == sorted(range(4), key=lambda row: -scores[row])[:2]

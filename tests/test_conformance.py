@@ -63,7 +63,7 @@ def met(monkeypatch):
 
     def keep(self):
         if self._delta is not None:
-            kept.append((self.like().clone(), self.units()))
+            kept.append((self.applied().clone(), self.units()))
         return check(self)
 
     monkeypatch.setattr(Pass, "check", keep)

@@ -183,7 +183,8 @@ def test_a_target_that_no_forward_pass_reaches(tmp_path, start):
     )
 
 
-def test_a_target_that_the_loss_does_not_depend_on(tmp_path):
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_target_that_the_loss_does_not_depend_on(tmp_path, trains):
     model = tiny_bert()
     model.spare = torch.nn.Linear(16, 2)
 
@@ -191,7 +192,13 @@ def test_a_target_that_the_loss_does_not_depend_on(tmp_path):
         model.spare(output[0])
 
     model.bert.encoder.register_forward_hook(call_for_nothing)
-    refused(tmp_path, "The loss does not depend on the tensor to be perturbed", model=model, adv_target="spare")
+    refused(
+        tmp_path,
+        "The loss does not depend on the tensor to be perturbed",
+        model=model,
+        adv_target="spare",
+        adv_clean_weight=float(trains),
+    )
 
 
 def test_a_target_that_is_called_a_changing_number_of_times(tmp_path):

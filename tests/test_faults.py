@@ -105,11 +105,13 @@ class Fault:
 @pytest.mark.parametrize("where", ["before", "inside", "after"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("at_pass", [1, 2, 3, 4])
-def test_a_fault_leaves_weights_hooks_and_flags_as_before_the_step(tmp_path, where, error, at_pass):
+@pytest.mark.parametrize("method", ["fgm", "pgd"])
+def test_a_fault_leaves_weights_hooks_and_flags_as_before_the_step(tmp_path, method, where, error, at_pass):
     model = tiny_bert()
-    trainer = AdversarialTrainer(model=model, args=flags(tmp_path), train_dataset=examples())
+    model.bert.embeddings.position_embeddings.requires_grad_(False)
+    trainer = AdversarialTrainer(model=model, args=flags(tmp_path, adv_method=method), train_dataset=examples())
     Fault(trainer, error, at_pass, where)
-    before_hooks = hooks(model)
+    before_hooks, before_flags = hooks(model), [p.requires_grad for p in model.parameters()]
     seen = {}
     begin = trainer.callback_handler.on_step_begin
 
@@ -122,8 +124,20 @@ def test_a_fault_leaves_weights_hooks_and_flags_as_before_the_step(tmp_path, whe
         trainer.train()
     same(weights(model), seen["weights"])
     assert hooks(model) == before_hooks
+    assert [p.requires_grad for p in model.parameters()] == before_flags
     assert trainer.accelerator.sync_gradients
     assert "compute_loss" not in vars(trainer)
+
+
+def test_passes_for_the_gradient_alone_ask_for_no_weights(tmp_path):
+    model, asked = tiny_bert(), []
+    trainer = AdversarialTrainer(
+        model=model, args=flags(tmp_path, adv_method="pgd", max_steps=1), train_dataset=examples()
+    )
+    model.register_forward_hook(lambda *_: asked.append(sum(p.requires_grad for p in model.parameters())))
+    trainer.train()
+    every = len(list(model.parameters()))
+    assert asked == [every, 0, 0, every]
 
 
 @pytest.mark.parametrize("where", ["before", "inside", "after"])

@@ -1,12 +1,15 @@
 """Models that are not called as BERT is: two towers, positions first, wrappers, teachers, searches."""
 
+import functools
 import types
 
 import pytest
 import torch
 from test_faults import examples, flags, hooks, tiny_bart, tiny_bert
+from test_precision import INPUT_ATTACKS, VISIBLE
 from test_trainer import Snippet, agree, far, run
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Trainer,
     TrainingArguments,
@@ -16,6 +19,7 @@ from transformers import (
 )
 
 from fgm_trainer import FGM, AdversarialTrainer, AdversarialTrainerMixin
+from fgm_trainer.attacks import ATTACKS
 from fgm_trainer.microbatch import MicroBatch
 from fgm_trainer.schedule import in_steps
 from fgm_trainer.targets import EmbeddingOutput
@@ -243,3 +247,20 @@ def test_a_lookup_by_its_path_in_a_model_that_names_no_input_embedding(tmp_path)
     assert trainer.state.log_history[0]["adv_delta_norm"] > 0
     with pytest.raises(ValueError, match="has no token lookup"):
         run(AdversarialTrainer, tmp_path, Bag())
+
+
+@pytest.mark.parametrize("name", INPUT_ATTACKS)
+def test_a_lookup_that_a_checkpointed_layer_repeats(tmp_path, name):
+    """Whatever the passes are: moved, for the gradient, or the clean one that comes last and sends on what is owed."""
+    trained = []
+    for repeats in (False, True):
+        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
+        calls, layer = [], model.bert.embeddings
+        model.bert.embeddings.word_embeddings.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if repeats:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        attack = ATTACKS[name](**VISIBLE.get(name, {}))
+        trained.append((run(AdversarialTrainer, tmp_path, model, attack=attack)[1], len(calls)))
+    (plain, once), (repeated, often) = trained
+    assert often > once
+    agree(plain, repeated)

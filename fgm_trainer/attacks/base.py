@@ -81,10 +81,11 @@ class Answer:
     """What a pass gives back.
 
     Args:
-        gradient: d(loss)/d(delta) of this micro-batch alone, (rows, positions, dimension); zero after a `Glance`.
+        gradient: d(loss)/d(delta) of this micro-batch alone, (rows, positions, dimension); zero after a `Glance`, and
+            where there is no token.
         units: the units over which norms are taken.
         loss: the loss of the pass, or its divergence where it had no loss; unweighted, detached.
-        delta: the perturbation as it was applied: drawn, clipped.
+        applied: the perturbation as it was applied: drawn, clipped; None for the clean inputs.
         outputs: the model's logits, detached, for attacks that compare outputs.
         ids: the token ids, (rows, positions), where the target is a lookup.
     """
@@ -92,9 +93,16 @@ class Answer:
     gradient: Tensor
     units: Units
     loss: Tensor
-    delta: Tensor
+    applied: Tensor | None = None
     outputs: Outputs = ()
     ids: Tensor | None = None
+
+    @property
+    def delta(self) -> Tensor:
+        """The perturbation as it was applied, zero for the clean inputs."""
+        if self.applied is not None:
+            return self.applied
+        return self.gradient.new_zeros(()).expand_as(self.gradient)
 
 
 Passes = Generator[Request, Answer, Train]
