@@ -78,7 +78,10 @@ def answer_from(seen: Pass, gradient: Tensor, loss: Tensor, outputs: Outputs) ->
 
 def examples_in(batch: Mapping[str, Any]) -> int:
     """How many examples a batch has: the length of its first tensor."""
-    return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()), 0)
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    return 0
 
 
 def chosen_in(batch: Mapping[str, Any], request: Train) -> tuple[Tensor, int] | None:

@@ -7,7 +7,6 @@ unit by itself. Arithmetic is in float32 at least.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -49,11 +48,14 @@ class Units:
 
         In scope `vocabulary` a member is a vocabulary entry: its gradient is the sum over the positions that hold it.
         """
-        return self.everywhere(self.members(gradient))
+        return self.everywhere(self.members(self.only_tokens(widen(gradient))))
 
     def members(self, gradient: Tensor) -> Tensor:
-        """As `pool`, but each member once: at the position that stands for it, zero at the others."""
-        gradient = self.only_tokens(widen(gradient))
+        """As `pool`, but each member once: at the position that stands for it, zero at the others.
+
+        Args:
+            gradient: zero where there is no token.
+        """
         if self.entries is None:
             return gradient
         flat = gradient.flatten(0, -2)
@@ -63,7 +65,7 @@ class Units:
         """What each member has, at all positions that hold it."""
         if self.entries is None:
             return members
-        return members.flatten(0, -2)[self.entries.flatten()].view_as(members)
+        return members.flatten(0, -2).index_select(0, self.entries.flatten()).view_as(members)
 
     def share(self, values: Tensor) -> Tensor:
         """`values` with one value a unit member: all positions that hold a vocabulary entry get the same."""
@@ -80,16 +82,19 @@ class Units:
     def count(self, values: Tensor) -> Tensor:
         """The number of entries of each unit, every member counted once, in a shape that broadcasts."""
         ones = torch.ones_like(widen(values))
-        return self.once(self.only_tokens(ones)).sum(dim=self._dims(values), keepdim=True)
+        return self.only_tokens(self.once(ones)).sum(dim=self._dims(values), keepdim=True)
 
     def only_tokens(self, values: Tensor) -> Tensor:
         """`values`, zero where there is no token."""
         # Filled, not multiplied: inf * 0 is NaN.
-        return values if self.tokens is None else values.masked_fill(self._not_a_token, 0.0)
+        return values if self.tokens is None else values.masked_fill(~self.tokens.unsqueeze(-1), 0.0)
 
     def once(self, values: Tensor) -> Tensor:
         """`values`, in scope `vocabulary` each member once: at the position that stands for it, zero at the others."""
-        return values if self.entries is None else values.masked_fill(self._not_once, 0.0)
+        if self.entries is None:
+            return values
+        own = torch.arange(self.entries.numel(), device=self.entries.device).view_as(self.entries)
+        return self.only_tokens(values.masked_fill((self.entries != own).unsqueeze(-1), 0.0))
 
     def norms(self, values: Tensor, order: float) -> Tensor:
         """The norm of all entries of each unit, in a shape that broadcasts against `values`."""
@@ -99,18 +104,6 @@ class Units:
     def _dims(self, values: Tensor) -> tuple[int, ...]:
         first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]
         return tuple(range(first, values.dim()))
-
-    @functools.cached_property
-    def _not_a_token(self) -> Tensor:
-        assert self.tokens is not None
-        return ~self.tokens.unsqueeze(-1)
-
-    @functools.cached_property
-    def _not_once(self) -> Tensor:
-        assert self.entries is not None
-        own = torch.arange(self.entries.numel(), device=self.entries.device).view_as(self.entries)
-        others = (self.entries != own).unsqueeze(-1)
-        return others if self.tokens is None else others | self._not_a_token
 
 
 @dataclass(frozen=True)
@@ -152,11 +145,10 @@ def shared_entries(ids: Tensor, tokens: Tensor | None, size: int) -> Tensor:
         size: V, more than the largest id.
     """
     own = torch.arange(ids.numel(), device=ids.device)
-    flat = (ids.long() if tokens is None else ids.long().masked_fill(~tokens, size)).flatten()
+    flat = (ids if tokens is None else torch.where(tokens, ids, size)).flatten().long()
     # Several writes to one place: any of them may win, and all who read it see the same winner.
-    holder = own.new_empty(size + 1)
-    holder[flat] = own
-    return holder[flat].view_as(ids)
+    holder = own.new_empty(size + 1).scatter_(0, flat, own)
+    return holder.gather(0, flat).view_as(ids)
 
 
 def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
@@ -176,6 +168,11 @@ def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
     Returns:
         A tensor of the gradient's shape, in float32 at least, zero where there is no token.
     """
+    return along(units.only_tokens(widen(gradient)), norm, units)
+
+
+def along(gradient: Tensor, norm: str, units: Units) -> Tensor:
+    """`ascent` of a gradient that is in float32 at least, and zero already where there is no token."""
     return units.everywhere(_direction(units.members(gradient), norm, units))
 
 

@@ -168,14 +168,17 @@ class Pass:
 
     def gradient(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """The gradients of `leaves`, stacked: (rows, positions, dimension), in float32 at least."""
-        if all(g is None for g in gradients):
+        given = [g for g in gradients if g is not None]
+        if not given:
             raise RuntimeError(
                 "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
                 "`adv_target` that lies on the way from the inputs to the loss."
             )
-        # A call without a gradient (a teacher's, under no_grad) has no direction.
-        pairs = zip(gradients, self._leaves, strict=True)
-        stacked = _stack([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs])
+        if len(given) < len(gradients):
+            # A call without a gradient (a teacher's, under no_grad) has no direction.
+            pairs = zip(gradients, self._leaves, strict=True)
+            given = [torch.zeros_like(leaf) if g is None else g for g, leaf in pairs]
+        stacked = _stack(given)
         # A loss scale is divided out next, and what is left may be zero in float16.
         stacked = widen(stacked)
         if self._earlier is not None:
@@ -184,7 +187,7 @@ class Pass:
 
     def no_gradient(self) -> Tensor:
         """Zero, in the shape of `gradient`."""
-        return torch.zeros_like(_stack([leaf.detach() for leaf in self._leaves]))
+        return torch.zeros_like(widen(_stack([leaf.detach() for leaf in self._leaves])))
 
     def units(self) -> Units:
         """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""

@@ -90,6 +90,7 @@ class Bench:
         elif self.spoil is not None and self.first is not None:
             gradient[self.first, 0, 0] = self.spoil
         self.losses.append(loss.item())
+        gradient = self.units.only_tokens(gradient)
         return Answer(gradient, self.units, loss.detach(), delta.detach(), (outputs.detach(),), self.ids)
 
     def look(self, request):

@@ -81,8 +81,8 @@ class Answer:
     """What a pass gives back.
 
     Args:
-        gradient: d(loss)/d(delta) of this micro-batch alone, (rows, positions, dimension); zero after a `Glance`, and
-            where there is no token.
+        gradient: d(loss)/d(delta) of this micro-batch alone, (rows, positions, dimension), in float32 at least; zero
+            after a `Glance`, and where there is no token.
         units: the units over which norms are taken.
         loss: the loss of the pass, or its divergence where it had no loss; unweighted, detached.
         applied: the perturbation as it was applied: drawn, clipped; None for the clean inputs.
@@ -238,7 +238,7 @@ class Attack:
 
     def step(self, answer: Answer, size: float) -> Tensor:
         """The perturbation of length `size` along the gradient (`geometry.ascent`)."""
-        return size * geometry.ascent(answer.gradient, self.norm, answer.units)
+        return size * geometry.along(answer.gradient, self.norm, answer.units)
 
     def settings(self) -> dict[str, Any]:
         """The settings by name, the method's name first: for logs and model cards."""
