@@ -86,16 +86,14 @@ class GradientAlone(ByHand):
             leaves.append(output.detach().requires_grad_())
             return leaves[-1]
 
-        # Of weights that ask for no gradient less is kept.
-        model: Any = self.trainer.model.train().requires_grad_(False)
-        handle = model.get_input_embeddings().register_forward_hook(cut)
+        model: Any = self.trainer.model
+        handle = model.train().get_input_embeddings().register_forward_hook(cut)
         try:
             with self.trainer.compute_loss_context_manager():
                 loss: Any = self.trainer.compute_loss(model, dict(self.batch))
             torch.autograd.grad(loss, leaves)
         finally:
             handle.remove()
-            model.requires_grad_(True)
 
 
 def now(clock: Callable[[], float]) -> float:

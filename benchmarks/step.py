@@ -125,6 +125,7 @@ SHAPES = {
 # By name alone.
 SHAPES_ASKED_FOR = {
     "xlm-r, 2 layers": Shape(lambda: xlmr(2), 8, 32, FEW),
+    "bert-base, all": Shape(bert_base, 8, 32, ALL, seconds=240.0),
     "bert-base, long": Shape(bert_base, 2, 256, ALL, seconds=240.0),
     "tiny": Shape(tiny, 4, 8, ALL),
 }

@@ -227,7 +227,7 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
 
 
 def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
-    # Each member is there once, and zero elsewhere.
+    """The direction of what `Units.members` or `once` gave: each member once, zero elsewhere."""
     largest = units.norms(member, math.inf)
     # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
     if norm in ("none", "linf"):

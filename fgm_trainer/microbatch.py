@@ -59,6 +59,9 @@ class MicroBatch:
         self._model, self._inputs, self._given = model, inputs, given
         self._stock, self._loss_arguments = stock, loss_arguments
         self._compute_loss: Callable[..., Any] = trainer.compute_loss
+        self._backward: Callable[..., None] = trainer.accelerator.backward
+        # Of the training pass in progress.
+        self._found: _Found | None = None
         self._earlier = Earlier() if trainer._gradients_wait else None
         self._masks = Masks(trainer.accelerator.device, trainer._same_dropout)
         self._clean: Tensor | None = None
@@ -127,7 +130,10 @@ class MicroBatch:
     def _pass(self, seen: Pass, request: Train) -> tuple[Tensor, _Found]:
         """One stock step: what it reports, and what was found out inside."""
         self._found = found = _Found(seen, request)
-        reported = self._stock()
+        try:
+            reported = self._stock()
+        finally:
+            self._found = None
         if not seen.forward_done:
             raise RuntimeError(
                 f"{type(self._trainer).__name__}.training_step does not call self.compute_loss, where the loss is "
@@ -148,23 +154,27 @@ class MicroBatch:
         def weighted(*args: Any, **kwargs: Any) -> Any:
             return self._weighted(*args, **kwargs)
 
-        accelerator = self._trainer.accelerator
-        self._backward: Callable[..., None] = accelerator.backward
-        diverging = _put_on(accelerator, "backward", self._with_divergence) if self._attack.compares else nullcontext()
+        accelerator, reads = self._trainer.accelerator, self._attack.reads_outputs
+        diverging = _put_on(accelerator, "backward", self._with_divergence) if reads else nullcontext()
         with _put_on(self._trainer, "compute_loss", weighted), diverging:
             yield
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:
-        """`compute_loss` of a training pass."""
-        found, compares = self._found, self._attack.reads_outputs
+        """`compute_loss` of a training pass; the Trainer's own outside of one."""
+        # What it calls in turn is its own business.
+        found, self._found = self._found, None
+        if found is None:
+            return self._compute_loss(*args, **kwargs)
+        reads = self._attack.reads_outputs
         asked = kwargs.get("return_outputs", False) or any(a is True for a in args[2:3])
-        wanted = {"return_outputs": True} if compares and not asked else {}
+        wanted = {"return_outputs": True} if reads and not asked else {}
         result = self._compute_loss(*args, **kwargs, **wanted)
+        self._found = found
         self._place.forward_ended(found.seen, self._inputs)
         loss, outputs = result if isinstance(result, tuple) else (result, None)
         found.loss = loss.detach()
         request = found.request
-        if compares:
+        if reads:
             logits = logits_of(outputs)
             found.outputs = detached(logits)
             if request.against:
@@ -177,12 +187,13 @@ class MicroBatch:
         return (loss, outputs) if asked else loss
 
     def _with_divergence(self, loss: Tensor, **kwargs: Any) -> None:
-        """`accelerator.backward` of a training pass.
+        """`accelerator.backward` of a training pass; the accelerator's own outside of one.
 
         A divergence is added here, since `Trainer` divides some losses by the accumulation steps, and not others.
         """
-        found, request = self._found, self._found.request
-        if found.divergence is not None:
+        found = self._found
+        if found is not None and found.divergence is not None:
+            request = found.request
             share = found.divergence / self._trainer._micro_batches()
             started = share * _divided_later(self._trainer.accelerator, kwargs)
             if request.weight:

@@ -117,21 +117,20 @@ class Pass:
         self._ids.append(ids)
         self._tokens.append(tokens)
         self._vocabulary_size = vocabulary_size
-        delta = None if self._delta is None else self._drawn(self._delta, value, ids, tokens)
+        delta = None if self._delta is None else self._own_delta(self._delta, value, ids, tokens)
         self._deltas.append(delta)
         leaf, moved = self._moved(value, delta, rows)
         self._leaves.append(leaf)
         return moved
 
-    def _drawn(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
+    def _own_delta(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
         """This call's own perturbation, as it is applied."""
         own = self._own_part(delta, value, ids, tokens).to(value.dtype)
         value = value.detach()
         if self._clip is not None:
             own = _inside(value + own, *self._clip) - value
         self._value_norms.append(_row_norms(value, tokens))
-        # Zero where there is no token.
-        self._delta_norms.append(_row_norms(own))
+        self._delta_norms.append(_row_norms(own, tokens))
         return own
 
     def _moved(self, value: Tensor, delta: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
@@ -142,12 +141,11 @@ class Pass:
             return leaf, leaf
         if self._earlier is not None:
             self._send_on(value, rows)
+        if not self.wanted and delta is None:
+            return value.detach(), value
+        leaf = torch.zeros_like(value) if delta is None else delta
         if self.wanted:
-            leaf = (torch.zeros_like(value) if delta is None else delta).detach().requires_grad_()
-        elif delta is None:
-            return value, value
-        else:
-            leaf = delta
+            leaf = leaf.detach().requires_grad_()
         moved = value + leaf
         if self._clip is not None and delta is not None:
             # The sum may round to just outside: the value is the range's own, the gradient as if nothing were done.
@@ -225,7 +223,7 @@ class Pass:
         return Units(scope, tokens)
 
     def row_norms(self) -> tuple[Tensor, Tensor]:
-        """The Euclidean norms of the clean tensor and of the perturbation, for each row: (rows,) both."""
+        """The Euclidean norms of the clean tensor and of the perturbation, of each row's tokens: (rows,) both."""
         return _joined(self._value_norms), _joined(self._delta_norms)
 
     def _again(self, value: Tensor) -> Tensor:
@@ -310,7 +308,7 @@ def _inside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return values.clamp(low.to(values), high.to(values))
 
 
-def _row_norms(values: Tensor, tokens: Tensor | None = None) -> Tensor:
+def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:
     """The Euclidean norm of each row, over the positions that hold a token: (rows,), in float32 at least."""
     dtype = torch.float32 if values.dtype.itemsize < 4 else None
     dims = tuple(range(1, values.dim())) if tokens is None else (-1,)

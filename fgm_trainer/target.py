@@ -173,12 +173,9 @@ def look(
         target.record(delta, gradient=True, scope=scope) as seen,
         torch.enable_grad(),
         still_statistics(target.model),
-        still_weights(target.model),
     ):
         objective = objective_of()
         target.forward_ended(seen, batch)
-        if not objective.requires_grad:
-            seen.gradient([None for _ in seen.leaves])
         # As the first entry: d(what the way back starts from) / d(objective).
         leaves = [objective, *seen.leaves]
         try:
@@ -215,19 +212,6 @@ def still_statistics(model: nn.Module | None) -> Iterator[None]:
     finally:
         for module, flag in zip(norms, tracked, strict=True):
             module.track_running_stats = flag
-
-
-@contextmanager
-def still_weights(model: nn.Module | None) -> Iterator[None]:
-    """Inside, no weight asks for a gradient: what only that would need is not kept, which takes time and memory."""
-    weights = [] if model is None else [p for p in model.parameters() if p.requires_grad]
-    try:
-        for weight in weights:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
 
 
 def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:

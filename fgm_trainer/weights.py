@@ -82,7 +82,6 @@ class _WeightPass(Pass):
             delta = delta(Met(weights[0].new_zeros(sum(sizes)), self._segments, None, 0, 0))
         self._flat = delta
         self.touches = gradient or delta is not None
-        self._deltas = []
         for weight, part in zip(weights, [None] * len(weights) if delta is None else delta.split(sizes), strict=True):
             own = torch.zeros_like(weight) if part is None else part.view_as(weight).to(weight.dtype)
             self._leaves.append(own.detach().requires_grad_(gradient))

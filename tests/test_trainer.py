@@ -10,7 +10,16 @@ from torch import nn
 from transformers import BartForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
 import fgm_trainer
-from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainerMixin, AdversarialTrainingArguments, monitoring
+from fgm_trainer import (
+    FGM,
+    PGD,
+    VAT,
+    AdversarialTrainer,
+    AdversarialTrainerMixin,
+    AdversarialTrainingArguments,
+    PartialFGM,
+    monitoring,
+)
 
 # Renamed in transformers 5; the old name warns there.
 NEW_NAME = "activation_checkpointing" in {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -314,3 +323,47 @@ def test_the_seq2seq_twin_trains(tmp_path):
     model = tiny_bart(BartForConditionalGeneration)
     fgm_trainer.AdversarialSeq2SeqTrainer(model=model, args=args, train_dataset=data).train()
     assert sum(hooks(model)) == 0
+
+
+class GradientPenalty(AdversarialTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        (gradient,) = torch.autograd.grad(loss, self.model.classifier.weight, create_graph=True)
+        loss = loss + gradient.norm()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Recursive(AdversarialTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, inner=False, **kwargs):
+        if not inner:
+            return self.compute_loss(model, inputs, return_outputs=return_outputs, inner=True, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+
+def test_a_loss_that_takes_a_gradient_of_weights_in_passes_for_the_perturbation_alone(tmp_path):
+    model = tiny_bert(attn_implementation="eager", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    start = weights(model)
+    trainer, trained = run(GradientPenalty, tmp_path, model, attack=PGD(epsilon=0.5))
+    assert far(start, trained)
+    assert trainer.state.log_history
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        PartialFGM(epsilon=0.5),
+        PGD(epsilon=1.0, norm="none", clean_weight=0.5, step_size=50.0),
+        VAT(epsilon=1.0, weight=0.5),
+    ],
+    ids=lambda attack: attack.name,
+)
+def test_a_compute_loss_that_calls_itself_is_weighted_once(tmp_path, attack):
+    trained = []
+    for kind in (AdversarialTrainer, Recursive):
+        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
+        trained.append(run(kind, tmp_path, model, attack=attack))
+    (one, plain), (other, recursive) = trained
+    agree(plain, recursive)
+    logs = [[h for h in t.state.log_history if "adv_loss" in h] for t in (one, other)]
+    for name in ("loss", "adv_loss", "adv_delta_norm"):
+        assert [h[name] for h in logs[0]] == pytest.approx([h[name] for h in logs[1]], rel=1e-9), name
