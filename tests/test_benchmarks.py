@@ -70,8 +70,9 @@ def test_the_benchmark_of_a_step_runs(tmp_path, monkeypatch):
     figures = json.loads((tmp_path / "step.json").read_text())
     assert {"fgm", "fgm in place"} <= figures["shapes"]["tiny"]["time"]["passes"].keys()
     assert figures["shapes"]["tiny"]["memory"]["fgm"] >= 0
-    python = {part: found["median"] for part, found in figures["python"]["fgm"].items()}
-    assert 0 < python["outside of the passes"] < python["over two stock passes"]
+    python = figures["python"]["fgm"]
+    assert 0 < python["outside of the passes"]["median"] < figures["python"]["stock, two"]["in all"]["median"]
+    assert 0 < python["operations over those"] < figures["python"]["stock, two"]["operations"]
     assert (tmp_path / "step.png").stat().st_size > 10_000
     assert "| tiny | 4 x 8 | fgm |" in (tmp_path / "step.md").read_text()
 
