@@ -168,8 +168,10 @@ class MicroBatch:
         reads = self._attack.reads_outputs
         asked = kwargs.get("return_outputs", False) or any(a is True for a in args[2:3])
         wanted = {"return_outputs": True} if reads and not asked else {}
-        result = self._compute_loss(*args, **kwargs, **wanted)
-        self._found = found
+        try:
+            result = self._compute_loss(*args, **kwargs, **wanted)
+        finally:
+            self._found = found
         self._place.forward_ended(found.seen, self._inputs)
         loss, outputs = result if isinstance(result, tuple) else (result, None)
         found.loss = loss.detach()
