@@ -367,3 +367,31 @@ def test_a_compute_loss_that_calls_itself_is_weighted_once(tmp_path, attack):
     logs = [[h for h in t.state.log_history if "adv_loss" in h] for t in (one, other)]
     for name in ("loss", "adv_loss", "adv_delta_norm"):
         assert [h[name] for h in logs[0]] == pytest.approx([h[name] for h in logs[1]], rel=1e-9), name
+
+
+class TriesAgain(Trainer):
+    """A loss that fails once in every step, and a step that is then taken again."""
+
+    failed = False
+
+    def training_step(self, *args, **kwargs):
+        self.failed = False
+        try:
+            return super().training_step(*args, **kwargs)
+        except MemoryError:
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, *args, **kwargs):
+        if not self.failed:
+            self.failed = True
+            raise MemoryError
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_pass_whose_loss_failed_and_was_tried_again_is_measured_as_any(tmp_path):
+    trained = []
+    for kind in (Trainer, TriesAgain):
+        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
+        ours = type("Ours", (AdversarialTrainerMixin, kind), {})
+        trained.append(run(ours, tmp_path, model, attack=FGM(weight=0.5))[1])
+    agree(*trained)
