@@ -43,13 +43,14 @@ class ByHand:
         self.trainer, self.batch = trainer, batch
         if trainer.optimizer is None:
             trainer.create_optimizer_and_scheduler(num_training_steps=trainer.args.max_steps)
-        trainer.model_wrapped = trainer.model
+        # Autocast comes with it.
+        trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
         trainer.state.max_steps = trainer.args.max_steps
         trainer.current_gradient_accumulation_steps = 1
 
     def passes(self) -> None:
         """What a step does on one micro-batch."""
-        self.trainer.training_step(self.trainer.model, dict(self.batch))
+        self.trainer.training_step(self.trainer.model_wrapped, dict(self.batch))
 
     def update(self) -> None:
         """The optimizer, and gradients away."""
@@ -86,7 +87,7 @@ class GradientAlone(ByHand):
             leaves.append(output.detach().requires_grad_())
             return leaves[-1]
 
-        model: Any = self.trainer.model
+        model: Any = self.trainer.model_wrapped
         handle = model.train().get_input_embeddings().register_forward_hook(cut)
         try:
             with self.trainer.compute_loss_context_manager():

@@ -126,6 +126,9 @@ SHAPES = {
 SHAPES_ASKED_FOR = {
     "xlm-r, 2 layers": Shape(lambda: xlmr(2), 8, 32, FEW),
     "bert-base, all": Shape(bert_base, 8, 32, ALL, seconds=240.0),
+    "bert-base, bf16": Shape(bert_base, 8, 32, ALL, bf16=True, seconds=100.0),
+    "xlm-r-base, bf16": Shape(xlmr, 8, 32, FEW, bf16=True, seconds=60.0),
+    "llama, bf16": Shape(llama, 2, 64, FEW, bf16=True, seconds=60.0),
     "bert-base, long": Shape(bert_base, 2, 256, ALL, seconds=240.0),
     "tiny": Shape(tiny, 4, 8, ALL),
 }

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,18 @@ def test_trainers_of_one_model_have_its_weights_and_hooks_of_their_own(tmp_path)
     found["fgm"].passes()
     assert sum(len(m._forward_hooks) for m in models[1].modules())
     assert not sum(len(m._forward_hooks) for m in models[0].modules())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_shape_in_bf16_is_computed_in_bf16(tmp_path, bf16):
+    shape = replace(step.shape_of("tiny"), bf16=bf16)
+    found = step.trainers(shape, ("stock", "fgm", "fgm, adversarial only"), str(tmp_path))
+    for name, one in found.items():
+        types = []
+        dense = one.trainer.model.bert.encoder.layer[0].intermediate.dense
+        with dense.register_forward_hook(lambda module, args, output, types=types: types.append(output.dtype)):
+            one.passes()
+        assert set(types) == {torch.bfloat16 if bf16 else torch.float32}, name
 
 
 @pytest.mark.slow
