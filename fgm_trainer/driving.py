@@ -140,6 +140,12 @@ def gradients_wait(place: Target, accelerator: Any) -> bool:
     return place.can_wait and place.clip is None and kind not in ("DEEPSPEED", "FSDP")
 
 
+def works_alone(accelerator: Any, model: nn.Module) -> bool:
+    """Whether nobody but this process has to do with the gradients, so that none of a step's passes is told apart."""
+    kind = getattr(getattr(accelerator, "distributed_type", None), "value", "NO")
+    return kind == "NO" and not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
+
+
 @contextmanager
 def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
     """For all passes of a step but the last: gradients add up on this process, and no optimizer steps.
@@ -149,12 +155,9 @@ def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
     saves; with replicas of the shards (HSDP) only the last pass sums over the replicas.
 
     Args:
-        accelerator: the `accelerate.Accelerator`, or None.
+        accelerator: the `accelerate.Accelerator`.
         model: the model as the accelerator prepared it.
     """
-    if accelerator is None:
-        yield
-        return
     bare = getattr(model, "_orig_mod", model)
     sync = accelerator.sync_gradients
     # Where this is not the last micro-batch, the loop around has already put the sum off.

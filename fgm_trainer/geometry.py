@@ -7,6 +7,7 @@ unit by itself. Arithmetic is in float32 at least.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -28,13 +29,13 @@ class Units:
 
     Args:
         scope: one of `SCOPES`.
-        tokens: bool, (rows, positions), true where there is a token; None where all are.
+        blank: bool, (rows, positions), true where there is no token; None where there is one everywhere.
         entries: int64, (rows, positions): a flat position that stands for the vocabulary entry held
             here, the same for all positions that hold it; from `shared_entries`. Scope `vocabulary` only.
     """
 
     scope: str
-    tokens: Tensor | None = None
+    blank: Tensor | None = None
     entries: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -87,13 +88,13 @@ class Units:
     def only_tokens(self, values: Tensor) -> Tensor:
         """`values`, zero where there is no token."""
         # Filled, not multiplied: inf * 0 is NaN.
-        return values if self.tokens is None else values.masked_fill(~self.tokens.unsqueeze(-1), 0.0)
+        return values if self.blank is None else values.masked_fill(self.blank.unsqueeze(-1), 0.0)
 
     def once(self, values: Tensor) -> Tensor:
         """`values`, in scope `vocabulary` each member once: at the position that stands for it, zero at the others."""
         if self.entries is None:
             return values
-        own = torch.arange(self.entries.numel(), device=self.entries.device).view_as(self.entries)
+        own = _positions(self.entries.numel(), self.entries.device).view_as(self.entries)
         return self.only_tokens(values.masked_fill((self.entries != own).unsqueeze(-1), 0.0))
 
     def norms(self, values: Tensor, order: float) -> Tensor:
@@ -133,7 +134,7 @@ class Segments(Units):
         return self.spread(torch.stack([torch.linalg.vector_norm(v, order) for v in values.split(self.sizes)]))
 
 
-def shared_entries(ids: Tensor, tokens: Tensor | None, size: int) -> Tensor:
+def shared_entries(ids: Tensor, blank: Tensor | None, size: int) -> Tensor:
     """For every position a flat position that holds the same id, the same one for all of them.
 
     No (V, D) temporary: V integers map an id to one of its positions. Positions without a token keep apart
@@ -141,11 +142,13 @@ def shared_entries(ids: Tensor, tokens: Tensor | None, size: int) -> Tensor:
 
     Args:
         ids: int64, (rows, positions).
-        tokens: bool, (rows, positions), or None.
+        blank: bool, (rows, positions), true where there is no token; or None.
         size: V, more than the largest id.
     """
-    own = torch.arange(ids.numel(), device=ids.device)
-    flat = (ids if tokens is None else torch.where(tokens, ids, size)).flatten().long()
+    own = _positions(ids.numel(), ids.device)
+    flat = ids.flatten().long()
+    if blank is not None:
+        flat = flat.masked_fill(blank.flatten(), size)
     # Several writes to one place: any of them may win, and all who read it see the same winner.
     holder = own.new_empty(size + 1).scatter_(0, flat, own)
     return holder.gather(0, flat).view_as(ids)
@@ -168,12 +171,24 @@ def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
     Returns:
         A tensor of the gradient's shape, in float32 at least, zero where there is no token.
     """
-    return along(units.only_tokens(widen(gradient)), norm, units)
+    gradient = units.only_tokens(widen(gradient))
+    return along(gradient, units.norms(gradient, math.inf), norm, units)
 
 
-def along(gradient: Tensor, norm: str, units: Units) -> Tensor:
-    """`ascent` of a gradient that is in float32 at least, and zero already where there is no token."""
-    return units.everywhere(_direction(units.members(gradient), norm, units))
+def along(gradient: Tensor, largest: Tensor, norm: str, units: Units) -> Tensor:
+    """`ascent` of a gradient that is in float32 at least, and zero already where there is no token.
+
+    Args:
+        largest: the gradient's largest entry of each unit, `units.norms(gradient, math.inf)`.
+    """
+    # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
+    if norm in ("none", "linf"):
+        member = units.members(gradient)
+        member = (member if norm == "none" else member.sign()) * (largest / largest)
+    else:
+        # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
+        member = _of_length_one(units.members(gradient / largest), norm, units)
+    return units.everywhere(member.nan_to_num_(0.0, 0.0, 0.0))
 
 
 def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
@@ -186,8 +201,10 @@ def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
         seed: the same seed gives the same direction on the same kind of device; the global random state is
             neither read nor changed.
     """
-    members = units.once(gaussian(like, units, seed))
-    return units.everywhere(_direction(members, "l2" if norm == "none" else norm, units))
+    member = units.once(gaussian(like, units, seed))
+    member = member.sign() if norm == "linf" else _of_length_one(member, "l2" if norm == "none" else norm, units)
+    # A unit without a token is 0 / 0.
+    return units.everywhere(member.nan_to_num_(0.0))
 
 
 def uniform(like: Tensor, units: Units, seed: int) -> Tensor:
@@ -226,18 +243,17 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
     return perturbation * torch.where(size > epsilon, epsilon / size, 1.0)
 
 
-def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
-    """The direction of what `Units.members` or `once` gave: each member once, zero elsewhere."""
-    largest = units.norms(member, math.inf)
-    # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
-    if norm in ("none", "linf"):
-        member = (member if norm == "none" else member.sign()) * (largest / largest)
-    else:
-        # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
-        member = member / largest
-    if norm == "l2":
-        member = member / units.norms(member, 2.0)
-    return member.nan_to_num_(0.0)
+def _of_length_one(member: Tensor, norm: str, units: Units) -> Tensor:
+    """What `Units.members` or `once` gave, divided by its length in `l2` or `max`."""
+    return member / units.norms(member, 2.0 if norm == "l2" else math.inf)
+
+
+@functools.lru_cache(maxsize=16)
+def _positions(count: int, device: torch.device) -> Tensor:
+    """0, 1, ... count - 1: the same in every step."""
+    # Not an inference tensor, wherever it is first asked for.
+    with torch.inference_mode(False):
+        return torch.arange(count, device=device)
 
 
 def _generator(like: Tensor, seed: int) -> torch.Generator:

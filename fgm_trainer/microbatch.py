@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +91,7 @@ class MicroBatch:
         recorded = self._place.record(
             request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
         )
-        local = nullcontext() if last else gradients_stay_local(trainer.accelerator, self._model)
+        local = nullcontext() if last or trainer._alone else gradients_stay_local(trainer.accelerator, self._model)
         with self._masks.drawn(request.masks), local, recorded as seen:
             reported, found = self._pass(seen, request)
         unweighted = _over(reported, request.weight)
@@ -124,7 +124,7 @@ class MicroBatch:
         return self._counted(answer)
 
     def _counted(self, answer: Answer) -> Answer:
-        self._trainer._window.gradient(answer.gradient)
+        self._trainer._window.gradient(answer.largest)
         return answer
 
     def _pass(self, seen: Pass, request: Train) -> tuple[Tensor, _Found]:
@@ -142,22 +142,20 @@ class MicroBatch:
             )
         return reported, found
 
-    @contextmanager
-    def _measured(self) -> Iterator[None]:
+    def _measured(self) -> _Replaced:
         """Inside, training passes weight the loss and add the divergences.
 
         `compute_loss` is wrapped on the instance, so overrides above and below are all inside.
         """
-
-        # Its signature is found; the rest that `wraps` copies costs as much as a pass's hook.
-        @functools.wraps(self._compute_loss, assigned=(), updated=())
-        def weighted(*args: Any, **kwargs: Any) -> Any:
-            return self._weighted(*args, **kwargs)
-
-        accelerator, reads = self._trainer.accelerator, self._attack.reads_outputs
-        diverging = _put_on(accelerator, "backward", self._with_divergence) if reads else nullcontext()
-        with _put_on(self._trainer, "compute_loss", weighted), diverging:
-            yield
+        trainer = self._trainer
+        weighted: Any = functools.partial(self._weighted)
+        # Its signature is found.
+        weighted.__wrapped__ = self._compute_loss
+        if not self._attack.reads_outputs:
+            return _Replaced((trainer, "compute_loss", weighted))
+        return _Replaced(
+            (trainer, "compute_loss", weighted), (trainer.accelerator, "backward", self._with_divergence)
+        )
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         """`compute_loss` of a training pass; the Trainer's own outside of one."""
@@ -237,17 +235,25 @@ def _over(loss: Tensor, weight: float) -> Tensor:
     return loss if weight == 1 else loss / weight
 
 
-@contextmanager
-def _put_on(owner: Any, name: str, call: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the instance has `call` in place of its method."""
-    own = vars(owner).get(name)
-    vars(owner)[name] = call
-    try:
-        yield
-    finally:
-        vars(owner).pop(name)
-        if own is not None:
-            vars(owner)[name] = own
+class _Replaced:
+    """A context: inside, each (instance, name, call) has the call in place of its own method.
+
+    A class: a generator takes four times as many calls.
+    """
+
+    def __init__(self, *calls: tuple[Any, str, Callable[..., Any]]) -> None:
+        self._calls = calls
+
+    def __enter__(self) -> None:
+        self._own = [vars(instance).get(name) for instance, name, _ in self._calls]
+        for instance, name, call in self._calls:
+            vars(instance)[name] = call
+
+    def __exit__(self, *_: object) -> None:
+        for (instance, name, _), own in zip(self._calls, self._own, strict=True):
+            vars(instance).pop(name)
+            if own is not None:
+                vars(instance)[name] = own
 
 
 def _divided_later(accelerator: Any, backward_arguments: dict[str, Any]) -> int:

@@ -85,7 +85,7 @@ class Pass:
         self._leaves: list[Tensor] = []
         self._deltas: list[Tensor | None] = []
         self._ids: list[Tensor | None] = []
-        self._tokens: list[Tensor | None] = []
+        self._blank: list[Tensor | None] = []
         self._value_norms: list[Tensor] = []
         self._delta_norms: list[Tensor] = []
         self._vocabulary_size = 0
@@ -113,24 +113,24 @@ class Pass:
         self.calls += 1
         rows = slice(self._row, self._row + value.shape[0])
         self._row = rows.stop
-        tokens = self._find_tokens(value, ids)
+        blank = self._find_blank(value, ids)
         self._ids.append(ids)
-        self._tokens.append(tokens)
+        self._blank.append(blank)
         self._vocabulary_size = vocabulary_size
-        delta = None if self._delta is None else self._own_delta(self._delta, value, ids, tokens)
+        delta = None if self._delta is None else self._own_delta(self._delta, value, ids, blank)
         self._deltas.append(delta)
         leaf, moved = self._moved(value, delta, rows)
         self._leaves.append(leaf)
         return moved
 
-    def _own_delta(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
+    def _own_delta(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, blank: Tensor | None) -> Tensor:
         """This call's own perturbation, as it is applied."""
-        own = self._own_part(delta, value, ids, tokens).to(value.dtype)
+        own = self._own_part(delta, value, ids, blank).to(value.dtype)
         value = value.detach()
         if self._clip is not None:
             own = _inside(value + own, *self._clip) - value
-        self._value_norms.append(_row_norms(value, tokens))
-        self._delta_norms.append(_row_norms(own, tokens))
+        self._value_norms.append(_row_norms(value, blank))
+        self._delta_norms.append(_row_norms(own, blank))
         return own
 
     def _moved(self, value: Tensor, delta: Tensor | None, rows: slice) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class Pass:
 
     def units(self) -> Units:
         """The units of this micro-batch. Raises ValueError where the scope does not fit the tensor."""
-        return self._units(self._leaves, self._ids, self._tokens)
+        return self._units(self._leaves, self._ids, self._blank)
 
     def applied(self) -> Tensor | None:
         """The perturbation as it was applied, (rows, positions, dimension): drawn, in the target's type, clipped."""
@@ -201,15 +201,15 @@ class Pass:
         ids = [i for i in self._ids if i is not None]
         return _stack(ids) if len(ids) == len(self._ids) else None
 
-    def _units(self, leaves: list[Tensor], own_ids: list[Tensor | None], own_tokens: list[Tensor | None]) -> Units:
+    def _units(self, leaves: list[Tensor], own_ids: list[Tensor | None], own_blank: list[Tensor | None]) -> Units:
         scope, dims = self._scope, leaves[0].dim()
-        tokens = _stack_tokens(own_tokens, leaves)
+        blank = _stack_blank(own_blank, leaves)
         if scope == "vocabulary":
             ids = [i for i in own_ids if i is not None]
             if len(ids) < len(leaves):
                 raise ValueError("adv_scope 'vocabulary' exists for token lookups only; write adv_scope='example'.")
-            entries = shared_entries(_stack(ids), tokens, self._vocabulary_size)
-            return Units(scope, tokens, entries)
+            entries = shared_entries(_stack(ids), blank, self._vocabulary_size)
+            return Units(scope, blank, entries)
         if scope == "example" and dims < 3 and own_ids[0] is not None:
             raise ValueError(
                 f"The lookup's output has shape {tuple(leaves[0].shape)}, several examples packed into one row: "
@@ -220,7 +220,7 @@ class Pass:
                 f"adv_scope 'token' needs a tensor (examples, positions, dimension); the target's is "
                 f"{tuple(leaves[0].shape)}. Write adv_scope='example'."
             )
-        return Units(scope, tokens)
+        return Units(scope, blank)
 
     def row_norms(self) -> tuple[Tensor, Tensor]:
         """The Euclidean norms of the clean tensor and of the perturbation, of each row's tokens: (rows,) both."""
@@ -250,9 +250,9 @@ class Pass:
         part = _cut(self._earlier.gradient, rows, value)
         value.register_hook(lambda gradient: gradient + part.to(gradient.dtype))
 
-    def _own_part(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, tokens: Tensor | None) -> Tensor:
+    def _own_part(self, delta: Tensor | Draw, value: Tensor, ids: Tensor | None, blank: Tensor | None) -> Tensor:
         if not isinstance(delta, Tensor):
-            units = self._units([value], [ids], [tokens])
+            units = self._units([value], [ids], [blank])
             return delta(Met(value.detach(), units, ids, self._vocabulary_size, self.calls - 1))
         count = value.shape[0] if self._chosen is None else len(self._chosen[0])
         rows = slice(self._used, self._used + count)
@@ -267,16 +267,17 @@ class Pass:
             )
         return part
 
-    def _find_tokens(self, value: Tensor, ids: Tensor | None) -> Tensor | None:
+    def _find_blank(self, value: Tensor, ids: Tensor | None) -> Tensor | None:
+        """True where there is no token."""
         places = value.shape[:-1] if ids is None else ids.shape
-        mask = None if self.mask is None or len(places) != 2 else self.mask.to(value.device).bool()
-        if mask is not None and mask.shape[-1] == places[1] and mask.numel() == places.numel():
-            return mask.view(places)
-        if mask is not None and mask.shape[0] == places[0] and mask.shape[1] < places[1]:
+        blank = None if self.mask is None or len(places) != 2 else self.mask.to(value.device) == 0
+        if blank is not None and blank.shape[-1] == places[1] and blank.numel() == places.numel():
+            return blank.view(places)
+        if blank is not None and blank.shape[0] == places[0] and blank.shape[1] < places[1]:
             # Padded inside the model to a multiple of its window (Longformer).
-            return nn.functional.pad(mask, (0, places[1] - mask.shape[1]))
+            return nn.functional.pad(blank, (0, places[1] - blank.shape[1]), value=True)
         if ids is not None and self._padding_id is not None:
-            return ids != self._padding_id
+            return ids == self._padding_id
         return None
 
 
@@ -308,13 +309,13 @@ def _inside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return values.clamp(low.to(values), high.to(values))
 
 
-def _row_norms(values: Tensor, tokens: Tensor | None) -> Tensor:
+def _row_norms(values: Tensor, blank: Tensor | None) -> Tensor:
     """The Euclidean norm of each row, over the positions that hold a token: (rows,), in float32 at least."""
     dtype = torch.float32 if values.dtype.itemsize < 4 else None
-    dims = tuple(range(1, values.dim())) if tokens is None else (-1,)
+    dims = tuple(range(1, values.dim())) if blank is None else (-1,)
     norms: Tensor = torch.linalg.vector_norm(values, dim=dims, dtype=dtype)
-    if tokens is not None:
-        norms = norms * tokens
+    if blank is not None:
+        norms = norms.masked_fill(blank, 0.0)
     return norms if norms.dim() == 1 else torch.linalg.vector_norm(norms, dim=1)
 
 
@@ -322,17 +323,19 @@ def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
+def _stack(tensors: list[Tensor], fill: float = 0) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     longest = max(t.shape[1] for t in tensors)
-    padded = [torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
+    padded = [
+        torch.cat([t, t.new_full((t.shape[0], longest - t.shape[1], *t.shape[2:]), fill)], 1) for t in tensors
+    ]
     return torch.cat(padded)
 
 
-def _stack_tokens(tokens: list[Tensor | None], leaves: list[Tensor]) -> Tensor | None:
+def _stack_blank(blank: list[Tensor | None], leaves: list[Tensor]) -> Tensor | None:
     if len(leaves) == 1:
-        return tokens[0]
-    return _stack(
-        [leaf.new_ones(leaf.shape[:2]).bool() if t is None else t for t, leaf in zip(tokens, leaves, strict=True)]
-    )
+        return blank[0]
+    pairs = zip(blank, leaves, strict=True)
+    each = [leaf.new_zeros(leaf.shape[:2], dtype=torch.bool) if b is None else b for b, leaf in pairs]
+    return _stack(each, fill=True)

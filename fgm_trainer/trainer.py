@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Attack, Memory, Step
 from .clipping import valid_range
-from .driving import examples_in, gradients_wait, unit_of
+from .driving import examples_in, gradients_wait, unit_of, works_alone
 from .microbatch import MicroBatch
 from .monitoring import CollapseWatch, LogWindow
 from .refusals import refuse
@@ -80,7 +80,8 @@ class AdversarialTrainerMixin(_Base):
         self._given_attack, self._given_target, self._given_schedule = attack, target, epsilon_schedule
         self._configure()
         self._place: Target | None = None
-        self._gradients_wait = False
+        # What the engine asks for, settled with the target.
+        self._alone = self._gradients_wait = False
         self._begin()
 
     def _begin(self) -> None:
@@ -280,6 +281,7 @@ class AdversarialTrainerMixin(_Base):
             place.clip = self._valid_range() or place.clip
             self._place = place
             self._gradients_wait = gradients_wait(place, self.accelerator)
+            self._alone = works_alone(self.accelerator, model)
         if not self._unit_known:
             self._unit_known = True
             self._unit = unit_of(self._epsilon_unit, inner)

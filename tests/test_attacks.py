@@ -40,8 +40,8 @@ class Bench:
         self.tokens = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
         self.embeddings = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
         self.direction = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
-        entries = shared_entries(self.ids, self.tokens, 9) if scope == "vocabulary" else None
-        self.units = Units(scope, self.tokens, entries)
+        entries = shared_entries(self.ids, ~self.tokens, 9) if scope == "vocabulary" else None
+        self.units = Units(scope, ~self.tokens, entries)
         # The row that is the first one, by its number in the batch.
         self.spoil, self.first = spoil, 0
         self.requests, self.deltas, self.lasts, self.losses = [], [], [], []
@@ -71,8 +71,8 @@ class Bench:
             values[rows] for values in (self.ids, self.tokens, self.embeddings, self.direction)
         )
         shared = self.units.scope == "vocabulary"
-        entries = shared_entries(part.ids, part.tokens, 9) if shared else None
-        part.units = Units(self.units.scope, part.tokens, entries)
+        entries = shared_entries(part.ids, ~part.tokens, 9) if shared else None
+        part.units = Units(self.units.scope, ~part.tokens, entries)
         part.first = rows.tolist().index(0) if 0 in rows else None
         return part
 

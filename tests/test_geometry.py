@@ -28,8 +28,9 @@ class Case:
         self.tokens = draw(0, 4, (rows, positions)) > 0 if masked else None
         self.mask = torch.ones(rows, positions, dtype=torch.bool) if self.tokens is None else self.tokens
         self.values = torch.randn(rows, positions, dimension, generator=generator, dtype=torch.float64).to(dtype)
-        entries = shared_entries(self.ids, self.tokens, VOCABULARY) if scope == "vocabulary" else None
-        self.units = Units(scope, self.tokens, entries)
+        blank = None if self.tokens is None else ~self.tokens
+        entries = shared_entries(self.ids, blank, VOCABULARY) if scope == "vocabulary" else None
+        self.units = Units(scope, blank, entries)
 
     def table(self, values):
         """Scope vocabulary: the (V, D) gradient of the lookup's weight."""

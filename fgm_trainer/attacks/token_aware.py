@@ -99,12 +99,12 @@ class TokenAware(Iterated):
             eta = project(self._renewed(eta, answer, size), step.epsilon, self.norm, answer.units)
             delta = project(delta + self.step(answer, size), step.epsilon, self.norm, answer.units)
         assert answer.ids is not None
-        table.keep(answer.ids, eta, answer.units.tokens)
+        table.keep(answer.ids, eta, answer.units.blank)
         return Train(delta + eta, weight=1 / self.steps)
 
     def _renewed(self, eta: Tensor, answer: Answer, size: float) -> Tensor:
         """Eta after a step of its own; a token's share is its length over that of the longest in the example."""
-        along = ascent(answer.units.pool(answer.gradient), self.norm, Units("token", answer.units.tokens))
+        along = ascent(answer.units.pool(answer.gradient), self.norm, Units("token", answer.units.blank))
         eta = eta + size * along
         lengths: Tensor = torch.linalg.vector_norm(eta, dim=-1, keepdim=True)
         # In scope `vocabulary` the micro-batch is what an example is elsewhere: an entry has one perturbation in it.
@@ -131,13 +131,13 @@ class Table:
         self._rows = self._rows.to(torch.promote_types(like.dtype, self._rows.dtype))
         return self._rows[ids]
 
-    def keep(self, ids: Tensor, values: Tensor, tokens: Tensor | None) -> None:
+    def keep(self, ids: Tensor, values: Tensor, blank: Tensor | None) -> None:
         """Adds what a micro-batch has found to the optimizer step's sums."""
         assert self._rows is not None
         if self._sums is None or self._counts is None:
             self._sums, self._counts = torch.zeros_like(self._rows), self._rows.new_zeros(len(self._rows))
         flat = ids.flatten()
-        there = values.new_ones(len(flat)) if tokens is None else tokens.flatten().to(values)
+        there = values.new_ones(len(flat)) if blank is None else (~blank).flatten().to(values)
         self._sums.index_add_(0, flat, (values.flatten(0, -2) * there[:, None]).to(self._sums))
         self._counts.index_add_(0, flat, there.to(self._counts))
 
