@@ -97,6 +97,51 @@ class GradientAlone(ByHand):
             handle.remove()
 
 
+class Bare(ByHand):
+    """FGM's operations and nothing else, for this model alone: what is left where everything around them is taken away.
+
+    No scaling of the loss, no second attack, no log, no check.
+    """
+
+    def __init__(self, trainer: Trainer, batch: dict[str, Any], shared: bool) -> None:
+        super().__init__(trainer, batch)
+        self._shared, self._leaf, self._delta = shared, Tensor(), None
+        lookup: Any = trainer.model.get_input_embeddings()
+        self._size = lookup.num_embeddings
+        lookup.register_forward_hook(self._move)
+
+    def _move(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self._delta is not None:
+            return output + self._delta
+        self._leaf = torch.zeros_like(output).requires_grad_()
+        return output + self._leaf
+
+    def passes(self) -> None:
+        """Two stock passes, the second where the first one's gradient leads."""
+        self._delta = None
+        super().passes()
+        blank = self.batch["attention_mask"] == 0
+        assert self._leaf.grad is not None
+        gradient = self._leaf.grad.masked_fill(blank.unsqueeze(-1), 0.0)
+        if self._shared:
+            gradient, entries = self._sums(gradient, self.batch["input_ids"].masked_fill(blank, self._size).flatten())
+        dims = None if self._shared else (1, 2)
+        gradient = gradient / torch.linalg.vector_norm(gradient, float("inf"), dim=dims, keepdim=True)
+        gradient = gradient / torch.linalg.vector_norm(gradient, dim=dims, keepdim=True)
+        gradient.nan_to_num_(0.0)
+        if self._shared:
+            gradient = gradient.index_select(0, entries).view_as(self._leaf)
+        self._delta = 1.0 * gradient
+        super().passes()
+
+    def _sums(self, gradient: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over the positions of each vocabulary entry, at one of them; and for each position, which one."""
+        positions = torch.arange(len(ids), device=ids.device)
+        entries = positions.new_empty(self._size + 1).scatter_(0, ids, positions).gather(0, ids)
+        flat = gradient.flatten(0, 1)
+        return torch.zeros_like(flat).index_add_(0, entries, flat), entries
+
+
 def now(clock: Callable[[], float]) -> float:
     """The clock, when the device has done what it was told."""
     if torch.cuda.is_available():

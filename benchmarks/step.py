@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 from baselines import TRAININGS
-from by_hand import ByHand, GradientAlone, Twice, by_hand
+from by_hand import Bare, ByHand, GradientAlone, Twice, by_hand
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     BertConfig,
@@ -310,7 +310,7 @@ def python_cost() -> dict[str, Any]:
         return loss
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(Trainer, "training_step", timed_step):
-        found = trainers(Shape(tiny, 4, 8, ()), ("stock", "fgm", "fgm, example"), folder)
+        found = with_bare(trainers(Shape(tiny, 4, 8, ()), ("stock", "fgm", "fgm, example"), folder), folder)
         whole: dict[str, list[float]] = {name: [] for name in found}
         outside: dict[str, list[float]] = {name: [] for name in found}
         for _ in range(300):
@@ -321,7 +321,7 @@ def python_cost() -> dict[str, Any]:
         operations = {name: operations_of(one) for name, one in found.items()}
     two = "stock, two"
     figures: dict[str, Any] = {two: {"in all": spread(whole[two]), "operations": operations[two]}}
-    for name in ("fgm", "fgm, example"):
+    for name in ("fgm", "fgm, example", "fgm, bare", "fgm, example, bare"):
         over = [own - theirs for own, theirs in zip(whole[name], whole[two], strict=True)]
         figures[name] = {
             "outside of the passes": spread(outside[name]),
@@ -329,6 +329,16 @@ def python_cost() -> dict[str, Any]:
             "operations over those": operations[name] - operations[two],
         }
     return figures
+
+
+def with_bare(found: dict[str, ByHand], folder: str) -> dict[str, ByHand]:
+    """The trainers, and FGM's operations without anything around them."""
+    stock = found["stock"]
+    own = {"optimizers": (stock.trainer.optimizer, stock.trainer.lr_scheduler)}
+    for name, shared in (("fgm, bare", True), ("fgm, example, bare", False)):
+        trainer = by_hand(Trainer, stock.trainer.model, stock.batch, folder, **own).trainer
+        found[name] = Bare(trainer, stock.batch, shared)
+    return found
 
 
 def operations_of(trainer: ByHand) -> int:

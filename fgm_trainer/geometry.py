@@ -178,8 +178,7 @@ def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
 def along(gradient: Tensor, largest: Tensor, norm: str, units: Units) -> Tensor:
     """`ascent` of a gradient that is in float32 at least, and zero already where there is no token.
 
-    Args:
-        largest: the gradient's largest entry of each unit, `units.norms(gradient, math.inf)`.
+    `largest` holds the largest entry of each unit: `units.norms(gradient, math.inf)`.
     """
     # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
     if norm in ("none", "linf"):

@@ -153,9 +153,7 @@ class MicroBatch:
         weighted.__wrapped__ = self._compute_loss
         if not self._attack.reads_outputs:
             return _Replaced((trainer, "compute_loss", weighted))
-        return _Replaced(
-            (trainer, "compute_loss", weighted), (trainer.accelerator, "backward", self._with_divergence)
-        )
+        return _Replaced((trainer, "compute_loss", weighted), (trainer.accelerator, "backward", self._with_divergence))
 
     def _weighted(self, *args: Any, **kwargs: Any) -> Any:
         """`compute_loss` of a training pass; the Trainer's own outside of one."""
@@ -249,7 +247,7 @@ class _Replaced:
         for instance, name, call in self._calls:
             vars(instance)[name] = call
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for (instance, name, _), own in zip(self._calls, self._own, strict=True):
             vars(instance).pop(name)
             if own is not None:

@@ -327,9 +327,7 @@ def _stack(tensors: list[Tensor], fill: float = 0) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     longest = max(t.shape[1] for t in tensors)
-    padded = [
-        torch.cat([t, t.new_full((t.shape[0], longest - t.shape[1], *t.shape[2:]), fill)], 1) for t in tensors
-    ]
+    padded = [torch.cat([t, t.new_full((t.shape[0], longest - t.shape[1], *t.shape[2:]), fill)], 1) for t in tensors]
     return torch.cat(padded)
 
 

@@ -155,7 +155,7 @@ class Recording:
         self._target._pass = self._seen
         return self._seen
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._target._pass = None
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import batches, distance, padded_data, tiny, weights
+from transformers import set_seed
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -74,6 +75,20 @@ def test_a_shape_in_bf16_is_computed_in_bf16(tmp_path, bf16):
         with dense.register_forward_hook(lambda module, args, output, types=types: types.append(output.dtype)):
             one.passes()
         assert set(types) == {torch.bfloat16 if bf16 else torch.float32}, name
+
+
+@pytest.mark.parametrize(("name", "shared"), [("fgm", True), ("fgm, example", False)])
+def test_bare_operations_compute_what_ours_do(tmp_path, name, shared):
+    found = step.with_bare(step.trainers(step.shape_of("tiny"), ("stock", name), str(tmp_path)), str(tmp_path))
+    gradients = {}
+    for one in (name, f"{name}, bare", "stock, two"):
+        trainer = found[one].trainer
+        set_seed(0)
+        found[one].passes()
+        gradients[one] = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        trainer.model.zero_grad()
+    far = torch.linalg.vector_norm(gradients[name] - gradients["stock, two"])
+    assert torch.linalg.vector_norm(gradients[name] - gradients[f"{name}, bare"]) < 1e-5 * far
 
 
 @pytest.mark.slow
