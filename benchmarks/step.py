@@ -115,10 +115,10 @@ def tiny() -> PreTrainedModel:
 
 
 SHAPES = {
-    "minilm": Shape(minilm, 8, 64, ALL, seconds=70.0),
+    "minilm": Shape(minilm, 8, 64, ALL, seconds=60.0),
     "minilm, long": Shape(minilm, 4, 256, FEW),
     "minilm, bf16": Shape(minilm, 8, 64, FEW, bf16=True),
-    "bert-base": Shape(bert_base, 8, 32, ("fgm", "fgm, example", "fgm in place"), seconds=70.0),
+    "bert-base": Shape(bert_base, 8, 32, ("fgm", "fgm, example", "fgm in place"), seconds=50.0),
     "xlm-r-base": Shape(xlmr, 8, 32, FEW),
     "llama": Shape(llama, 2, 64, FEW),
 }
@@ -313,7 +313,7 @@ def python_cost() -> dict[str, Any]:
         found = with_bare(trainers(Shape(tiny, 4, 8, ()), ("stock", "fgm", "fgm, example"), folder), folder)
         whole: dict[str, list[float]] = {name: [] for name in found}
         outside: dict[str, list[float]] = {name: [] for name in found}
-        for _ in range(300):
+        for _ in range(200):
             for name, one in found.items():
                 passes.clear()
                 whole[name].append(1000 * one.times()[0])

@@ -148,9 +148,12 @@ class MicroBatch:
         `compute_loss` is wrapped on the instance, so overrides above and below are all inside.
         """
         trainer = self._trainer
-        weighted: Any = functools.partial(self._weighted)
+
+        def weighted(*args: Any, **kwargs: Any) -> Any:
+            return self._weighted(*args, **kwargs)
+
         # Its signature is found.
-        weighted.__wrapped__ = self._compute_loss
+        vars(weighted)["__wrapped__"] = self._compute_loss
         if not self._attack.reads_outputs:
             return _Replaced((trainer, "compute_loss", weighted))
         return _Replaced((trainer, "compute_loss", weighted), (trainer.accelerator, "backward", self._with_divergence))
