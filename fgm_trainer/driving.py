@@ -142,7 +142,7 @@ def gradients_wait(place: Target, accelerator: Any) -> bool:
 
 def works_alone(accelerator: Any, model: nn.Module) -> bool:
     """Whether nobody but this process has to do with the gradients, so that none of a step's passes is told apart."""
-    kind = getattr(getattr(accelerator, "distributed_type", None), "value", "NO")
+    kind = getattr(getattr(accelerator, "distributed_type", None), "value", None)
     return kind == "NO" and not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
 
 
