@@ -192,7 +192,8 @@ def test_the_log_is_that_of_one_process(engine):
     for case, ranks in attacked(engine):
         assert all(other["log"] == ranks[0]["log"] for other in ranks[1:]), case
         for ours, whole in zip(ranks[0]["log"], accumulating(engine, case)["log"], strict=True):
-            assert ours == pytest.approx(whole, rel=1e-4), case
+            # A divergence is the small difference of numbers near 1, in float32.
+            assert ours == pytest.approx(whole, rel=1e-4, abs=1e-7), case
 
 
 @pytest.mark.parametrize("engine", marked(SETTINGS))
