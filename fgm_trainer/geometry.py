@@ -94,7 +94,7 @@ class Units:
         """`values`, in scope `vocabulary` each member once: at the position that stands for it, zero at the others."""
         if self.entries is None:
             return values
-        own = _positions(self.entries.numel(), self.entries.device).view_as(self.entries)
+        own = _positions(self.entries).view_as(self.entries)
         return self.only_tokens(values.masked_fill((self.entries != own).unsqueeze(-1), 0.0))
 
     def norms(self, values: Tensor, order: float) -> Tensor:
@@ -145,7 +145,7 @@ def shared_entries(ids: Tensor, blank: Tensor | None, size: int) -> Tensor:
         blank: bool, (rows, positions), true where there is no token; or None.
         size: V, more than the largest id.
     """
-    own = _positions(ids.numel(), ids.device)
+    own = _positions(ids)
     flat = ids.flatten().long()
     if blank is not None:
         flat = flat.masked_fill(blank.flatten(), size)
@@ -247,12 +247,15 @@ def _of_length_one(member: Tensor, norm: str, units: Units) -> Tensor:
     return member / units.norms(member, 2.0 if norm == "l2" else math.inf)
 
 
+def _positions(ids: Tensor) -> Tensor:
+    """The flat position of each id: 0, 1, ... Those of plain tensors are kept: they are the same in every step."""
+    make = _kept_positions if type(ids) is Tensor else torch.arange
+    return make(ids.numel(), device=ids.device)
+
+
 @functools.lru_cache(maxsize=16)
-def _positions(count: int, device: torch.device) -> Tensor:
-    """0, 1, ... count - 1: the same in every step."""
-    # Not an inference tensor, wherever it is first asked for.
-    with torch.inference_mode(False):
-        return torch.arange(count, device=device)
+def _kept_positions(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device)
 
 
 def _generator(like: Tensor, seed: int) -> torch.Generator:

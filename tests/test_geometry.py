@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fgm_trainer.geometry import NORMS, SCOPES, Units, ascent, length, project, sample, shared_entries
 
@@ -103,6 +104,26 @@ def test_shared_entries(seed, masked):
         for other in range(len(ids)):
             if mask[other]:
                 assert (entries[one] == entries[other]) == (ids[one] == ids[other])
+
+
+def test_what_is_kept_between_steps_belongs_to_no_mode():
+    ids = torch.tensor([[3, 3, 5, 3, 1, 2, 2, 2, 6, 6, 0]])
+    expected = [[True, True, False, True]]
+
+    def check(ids):
+        entries = shared_entries(ids, None, VOCABULARY)
+        assert (entries[:, :4] == entries[:, :1]).tolist() == expected
+
+    for _ in range(2):
+        with FakeTensorMode() as mode:
+            shared_entries(mode.from_tensor(ids), None, VOCABULARY)
+    with torch.inference_mode():
+        check(ids.clone())
+    check(ids)
+    units = Units("vocabulary", None, shared_entries(ids, None, VOCABULARY))
+    values = torch.ones(1, 11, 1, requires_grad=True)
+    units.once(values).sum().backward()
+    assert values.grad is not None
 
 
 @many
