@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -140,15 +140,8 @@ def gradients_wait(place: Target, accelerator: Any) -> bool:
     return place.can_wait and place.clip is None and kind not in ("DEEPSPEED", "FSDP")
 
 
-def works_alone(accelerator: Any, model: nn.Module) -> bool:
-    """Whether nobody but this process has to do with the gradients, so that none of a step's passes is told apart."""
-    kind = getattr(getattr(accelerator, "distributed_type", None), "value", None)
-    return kind == "NO" and not isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
-
-
-@contextmanager
-def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """For all passes of a step but the last: gradients add up on this process, and no optimizer steps.
+class LocalGradients:
+    """A context for all passes of a step but the last: gradients add up on this process, and no optimizer steps.
 
     DeepSpeed's backward steps the optimizer whenever `sync_gradients` is set; DDP reduces gradients in every backward
     outside of `no_sync`. FSDP2 scatters them in every pass, since to keep them whole would cost the memory that it
@@ -158,20 +151,29 @@ def gradients_stay_local(accelerator: Any, model: nn.Module) -> Iterator[None]:
         accelerator: the `accelerate.Accelerator`.
         model: the model as the accelerator prepared it.
     """
-    bare = getattr(model, "_orig_mod", model)
-    sync = accelerator.sync_gradients
-    # Where this is not the last micro-batch, the loop around has already put the sum off.
-    replicated: Any = bare if sync and hasattr(bare, "set_requires_all_reduce") else None
-    with bare.no_sync() if isinstance(bare, DistributedDataParallel) else nullcontext():
-        try:
-            accelerator.sync_gradients = False
-            if replicated is not None:
-                replicated.set_requires_all_reduce(False)
-            yield
-        finally:
-            accelerator.sync_gradients = sync
-            if replicated is not None:
-                replicated.set_requires_all_reduce(True)
+
+    # A class that is made once: a generator takes several times as many calls in every step.
+    def __init__(self, accelerator: Any, model: nn.Module) -> None:
+        self._accelerator = accelerator
+        bare: Any = getattr(model, "_orig_mod", model)
+        self._without_sums = bare.no_sync if isinstance(bare, DistributedDataParallel) else nullcontext
+        self._replicated: Any = bare if hasattr(bare, "set_requires_all_reduce") else None
+
+    def __enter__(self) -> None:
+        self._sync = self._accelerator.sync_gradients
+        self._no_sync = self._without_sums()
+        self._no_sync.__enter__()
+        self._tell_passes_apart(False)
+
+    def __exit__(self, *error: Any) -> None:
+        self._tell_passes_apart(self._sync)
+        self._no_sync.__exit__(*error)
+
+    def _tell_passes_apart(self, sync: bool) -> None:
+        self._accelerator.sync_gradients = sync
+        # Where this is not the last micro-batch, the loop around has already put the sum off.
+        if self._sync and self._replicated is not None:
+            self._replicated.set_requires_all_reduce(sync)
 
 
 def scaled_as_the_engine_would(accelerator: Any, loss: Tensor) -> Tensor:

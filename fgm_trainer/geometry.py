@@ -171,23 +171,12 @@ def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
     Returns:
         A tensor of the gradient's shape, in float32 at least, zero where there is no token.
     """
-    gradient = units.only_tokens(widen(gradient))
-    return along(gradient, units.norms(gradient, math.inf), norm, units)
+    return along(units.only_tokens(widen(gradient)), norm, units)
 
 
-def along(gradient: Tensor, largest: Tensor, norm: str, units: Units) -> Tensor:
-    """`ascent` of a gradient that is in float32 at least, and zero already where there is no token.
-
-    `largest` holds the largest entry of each unit: `units.norms(gradient, math.inf)`.
-    """
-    # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
-    if norm in ("none", "linf"):
-        member = units.members(gradient)
-        member = (member if norm == "none" else member.sign()) * (largest / largest)
-    else:
-        # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
-        member = _of_length_one(units.members(gradient / largest), norm, units)
-    return units.everywhere(member.nan_to_num_(0.0, 0.0, 0.0))
+def along(gradient: Tensor, norm: str, units: Units) -> Tensor:
+    """`ascent` of a gradient that is in float32 at least, and zero already where there is no token."""
+    return units.everywhere(_direction(units.members(gradient), norm, units))
 
 
 def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
@@ -200,10 +189,8 @@ def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
         seed: the same seed gives the same direction on the same kind of device; the global random state is
             neither read nor changed.
     """
-    member = units.once(gaussian(like, units, seed))
-    member = member.sign() if norm == "linf" else _of_length_one(member, "l2" if norm == "none" else norm, units)
-    # A unit without a token is 0 / 0.
-    return units.everywhere(member.nan_to_num_(0.0))
+    members = units.once(gaussian(like, units, seed))
+    return units.everywhere(_direction(members, "l2" if norm == "none" else norm, units))
 
 
 def uniform(like: Tensor, units: Units, seed: int) -> Tensor:
@@ -242,9 +229,18 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
     return perturbation * torch.where(size > epsilon, epsilon / size, 1.0)
 
 
-def _of_length_one(member: Tensor, norm: str, units: Units) -> Tensor:
-    """What `Units.members` or `once` gave, divided by its length in `l2` or `max`."""
-    return member / units.norms(member, 2.0 if norm == "l2" else math.inf)
+def _direction(member: Tensor, norm: str, units: Units) -> Tensor:
+    """The direction of what `Units.members` or `once` gave: each member once, zero elsewhere."""
+    largest = units.norms(member, math.inf)
+    # A unit whose largest entry is 0, infinite or NaN comes out as NaN or 0 throughout; NaN is then set to 0.
+    if norm in ("none", "linf"):
+        member = (member if norm == "none" else member.sign()) * (largest / largest)
+    else:
+        # Divided by the largest entry first: squares of very large or very small entries leave float32's range.
+        member = member / largest
+    if norm == "l2":
+        member = member / units.norms(member, 2.0)
+    return member.nan_to_num_(0.0)
 
 
 def _positions(ids: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from .driving import (
     answer_from,
     answer_look,
     chosen_in,
-    gradients_stay_local,
     scaled_as_the_engine_would,
 )
 from .objective import Outputs, detached, divergence, logits_of, problem_of
@@ -91,7 +90,7 @@ class MicroBatch:
         recorded = self._place.record(
             request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
         )
-        local = nullcontext() if last or trainer._alone else gradients_stay_local(trainer.accelerator, self._model)
+        local = nullcontext() if last else trainer._local(self._model)
         with self._masks.drawn(request.masks), local, recorded as seen:
             reported, found = self._pass(seen, request)
         unweighted = _over(reported, request.weight)
@@ -124,7 +123,7 @@ class MicroBatch:
         return self._counted(answer)
 
     def _counted(self, answer: Answer) -> Answer:
-        self._trainer._window.gradient(answer.largest)
+        self._trainer._window.gradient(answer.gradient)
         return answer
 
     def _pass(self, seen: Pass, request: Train) -> tuple[Tensor, _Found]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .schedule import Schedule
 logger = logging.get_logger(__name__)
 
 
-# How many micro-batches' figures are kept before they become one; and of a gradient, how many units'.
+# How many micro-batches' figures are kept before they become one.
 _KEPT = 1024
 
 
@@ -28,8 +29,8 @@ class LogWindow:
 
     def _clear(self) -> None:
         self._steps = 0
-        # Of each step the largest entries of its gradients: not finite where one of them is not.
-        self._largest: list[list[Tensor]] = []
+        # Of each step the largest entry of its gradients: not finite where one of them is not; None where it took none.
+        self._largest: list[Tensor | None] = []
         self._losses: list[Tensor] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
         self._older_sums: list[Tensor] = []
@@ -41,11 +42,13 @@ class LogWindow:
             if len(self._losses) >= _KEPT:
                 self._fold()
             self._steps += 1
-            self._largest.append([])
+            self._largest.append(None)
 
-    def gradient(self, largest: Tensor) -> None:
-        """A gradient arrived, whose units have these largest entries; its step is skipped where one is not finite."""
-        self._largest[-1].append(largest if largest.numel() <= _KEPT else largest.max())
+    def gradient(self, gradient: Tensor) -> None:
+        """A gradient arrived; its step counts as skipped where an entry is not finite."""
+        largest = torch.linalg.vector_norm(gradient, math.inf)
+        known = self._largest[-1]
+        self._largest[-1] = largest if known is None else torch.maximum(known, largest)
 
     def perturbed(self, loss: Tensor, norms: tuple[Tensor, Tensor] | None) -> None:
         """A perturbed pass: its loss; of the last one the row norms of tensor and perturbation, (rows,) both, too."""
@@ -77,10 +80,9 @@ class LogWindow:
         ratios = torch.where(values > 0, deltas / values, 0.0)
         rows = losses.new_tensor(float(len(deltas)))
         self._older_sums.append(torch.stack([losses.sum(), deltas.sum(), ratios.sum(), rows]))
-        steps = [torch.cat([value.flatten() for value in step]) for step in self._largest if step]
-        if steps:
-            bad = (~torch.isfinite(torch.cat(steps))).split([len(step) for step in steps])
-            self._older_bad.append(torch.stack([step.any() for step in bad]).float())
+        largest = [value for value in self._largest if value is not None]
+        if largest:
+            self._older_bad.append((~torch.isfinite(torch.stack(largest))).float())
         self._losses, self._norms, self._largest = [], [], []
 
 

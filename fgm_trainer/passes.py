@@ -326,6 +326,8 @@ def _joined(tensors: list[Tensor]) -> Tensor:
 def _stack(tensors: list[Tensor], fill: float = 0) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
+    if tensors[0].dim() == 1:
+        return torch.cat(tensors)
     longest = max(t.shape[1] for t in tensors)
     padded = [torch.cat([t, t.new_full((t.shape[0], longest - t.shape[1], *t.shape[2:]), fill)], 1) for t in tensors]
     return torch.cat(padded)
@@ -334,6 +336,9 @@ def _stack(tensors: list[Tensor], fill: float = 0) -> Tensor:
 def _stack_blank(blank: list[Tensor | None], leaves: list[Tensor]) -> Tensor | None:
     if len(leaves) == 1:
         return blank[0]
+    # What is padded to stack calls of different lengths is blank as well.
+    if all(b is None for b in blank) and (leaves[0].dim() != 3 or len({leaf.shape[1] for leaf in leaves}) == 1):
+        return None
     pairs = zip(blank, leaves, strict=True)
-    each = [leaf.new_zeros(leaf.shape[:2], dtype=torch.bool) if b is None else b for b, leaf in pairs]
+    each = [leaf.new_zeros(leaf.shape[:-1], dtype=torch.bool) if b is None else b for b, leaf in pairs]
     return _stack(each, fill=True)

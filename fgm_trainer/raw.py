@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from . import attacks, geometry
 from .attacks import Answer, Glance, Look, Step, Train, run
 from .driving import (
+    LocalGradients,
     answer_from,
     answer_look,
     chosen_in,
     examples_in,
-    gradients_stay_local,
     gradients_wait,
     refuse_spread_weights,
     scaled_as_the_engine_would,
     unit_of,
-    works_alone,
 )
 from .inspection import input_embedding, shared_lookups
 from .objective import detached, divergence, logits_of, problem_of
@@ -239,7 +238,7 @@ class Adversary:
         self._place.attach(self._inner, model)
         self._place.clip = clip or self._place.clip
         self._gradients_wait = gradients_wait(self._place, accelerator)
-        self._alone = accelerator is None or works_alone(accelerator, model)
+        self._local = None if accelerator is None else LocalGradients(accelerator, model)
         self._count = 0
 
     def backward(
@@ -312,7 +311,7 @@ class _Passes:
     def train(self, request: Train, last: bool) -> Answer | None:
         owner = self._owner
         scale: list[Tensor] = []
-        local = nullcontext() if last or owner._alone else gradients_stay_local(owner._accelerator, owner._model)
+        local = nullcontext() if last or owner._local is None else owner._local
         chosen = chosen_in(self._inputs, request)
         recorded = owner._place.record(
             request.delta, gradient=not last, scope=owner._scope, chosen=chosen, earlier=self._earlier

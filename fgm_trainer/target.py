@@ -104,6 +104,9 @@ class Target:
     def _new_pass(self, delta: Tensor | Draw | None, gradient: bool, scope: str) -> Pass:
         return Pass(delta, gradient, scope, self._padding_id, self.clip)
 
+    def _pass_ended(self) -> None:
+        self._pass = None
+
     def _register(self, model: nn.Module) -> list[Any]:
         raise NotImplementedError
 
@@ -156,7 +159,7 @@ class Recording:
         return self._seen
 
     def __exit__(self, *error: object) -> None:
-        self._target._pass = None
+        self._target._pass_ended()
 
 
 def look(

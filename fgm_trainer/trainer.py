@@ -22,7 +22,7 @@ from transformers.utils import logging
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Attack, Memory, Step
 from .clipping import valid_range
-from .driving import examples_in, gradients_wait, unit_of, works_alone
+from .driving import LocalGradients, examples_in, gradients_wait, unit_of
 from .microbatch import MicroBatch
 from .monitoring import CollapseWatch, LogWindow
 from .refusals import refuse
@@ -76,12 +76,11 @@ class AdversarialTrainerMixin(_Base):
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
                 "Leave one out."
             )
-        self._unwrapped: tuple[nn.Module, nn.Module] | None = None
+        self._unwrapped: tuple[nn.Module, nn.Module, LocalGradients] | None = None
         self._given_attack, self._given_target, self._given_schedule = attack, target, epsilon_schedule
         self._configure()
         self._place: Target | None = None
-        # What the engine asks for, settled with the target.
-        self._alone = self._gradients_wait = False
+        self._gradients_wait = False
         self._begin()
 
     def _begin(self) -> None:
@@ -281,7 +280,6 @@ class AdversarialTrainerMixin(_Base):
             place.clip = self._valid_range() or place.clip
             self._place = place
             self._gradients_wait = gradients_wait(place, self.accelerator)
-            self._alone = works_alone(self.accelerator, model)
         if not self._unit_known:
             self._unit_known = True
             self._unit = unit_of(self._epsilon_unit, inner)
@@ -352,8 +350,14 @@ class AdversarialTrainerMixin(_Base):
         # accelerate asks the file system which engines are installed, each time: a millisecond or two.
         if self._unwrapped is None or self._unwrapped[0] is not model:
             inner = self.accelerator.unwrap_model(model)
-            self._unwrapped = (model, getattr(inner, "_orig_mod", inner))
+            self._unwrapped = model, getattr(inner, "_orig_mod", inner), LocalGradients(self.accelerator, model)
         return self._unwrapped[1]
+
+    def _local(self, model: nn.Module) -> LocalGradients:
+        """The context for passes that are not the last of their step."""
+        self._inner(model)
+        assert self._unwrapped is not None
+        return self._unwrapped[2]
 
     def _on_its_device(self) -> nn.Module:
         model = self._inner(self.model_wrapped)

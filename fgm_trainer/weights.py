@@ -25,6 +25,8 @@ class Weights(Target):
     def __init__(self) -> None:
         super().__init__()
         self._weights: list[nn.Parameter] = []
+        # Each module that reads one of them: under which names, and the place of each among the weights.
+        self._readers: list[tuple[nn.Module, list[tuple[str, int]]]] = []
 
     def __str__(self) -> str:
         return "'weights' (the model's weight matrices)"
@@ -34,6 +36,12 @@ class Weights(Target):
 
     def _new_pass(self, delta: Tensor | Draw | None, gradient: bool, scope: str) -> Pass:
         return _WeightPass(self._weights, delta, gradient)
+
+    def _pass_ended(self) -> None:
+        super()._pass_ended()
+        # An interrupt (Ctrl-C) in the middle of a forward leaves it without the hook that follows.
+        for module, own in self._readers:
+            _put_back(module, own)
 
     def _register(self, model: nn.Module) -> list[Any]:
         places = [
@@ -49,9 +57,10 @@ class Weights(Target):
                 f"{type(model).__name__} has no trainable weight matrix: adv_target='weights' means nothing."
             )
         order = {id(w): i for i, w in enumerate(self._weights)}
+        modules = {id(m): m for m, _, _ in places}.values()
+        self._readers = [(m, [(n, order[id(w)]) for other, n, w in places if other is m]) for m in modules]
         handles = []
-        for module in {id(m): m for m, _, _ in places}.values():
-            own = [(n, order[id(w)]) for m, n, w in places if m is module]
+        for module, own in self._readers:
 
             def enter(module: nn.Module, args: Any, own: list[tuple[str, int]] = own) -> None:
                 if isinstance(self._pass, _WeightPass) and self._pass.touches:
@@ -60,12 +69,16 @@ class Weights(Target):
                         module.__dict__[name] = self._pass.moved(index)
 
             def leave(module: nn.Module, args: Any, output: Any, own: list[tuple[str, int]] = own) -> None:
-                for name, _ in own:
-                    module.__dict__.pop(name, None)
+                _put_back(module, own)
 
             handles.append(module.register_forward_pre_hook(outside_graphs(enter)))
             handles.append(module.register_forward_hook(outside_graphs(leave), always_call=True))
         return handles
+
+
+def _put_back(module: nn.Module, names: list[tuple[str, int]]) -> None:
+    for name, _ in names:
+        module.__dict__.pop(name, None)
 
 
 class _WeightPass(Pass):

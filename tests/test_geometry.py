@@ -126,6 +126,21 @@ def test_what_is_kept_between_steps_belongs_to_no_mode():
     assert values.grad is not None
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_positions_that_cancel_give_no_step(norm):
+    ids = torch.tensor([[1, 1, 1, 2, 2]])
+    units = Units("vocabulary", None, shared_entries(ids, None, 3))
+    # In float32 the sums are zero to the last bit; those of thirds, rounded, would not be.
+    values = torch.tensor([0.12573022, -0.13210486, 0.0], dtype=torch.float32)
+    values[2] = -(values[0] + values[1])
+    three = torch.cat([values, torch.tensor([0.5, -0.5])]).view(1, 5, 1)
+    assert not ascent(three, norm, units).any()
+    if norm != "none":
+        # One entry cancels, and the other, much smaller one is all that is left.
+        rest = torch.tensor([1.0, -1.0, 0.0, 3e-23, 0.0]).view(1, 5, 1)
+        assert ascent(rest, norm, units).flatten().tolist() == pytest.approx([0, 0, 0, 1, 1])
+
+
 @many
 @given(seeds, scopes, masks, st.sampled_from(NORMS))
 def test_ascent_is_its_definition(seed, scope, masked, norm):

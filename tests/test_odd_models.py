@@ -21,6 +21,7 @@ from transformers import (
 from fgm_trainer import FGM, AdversarialTrainer, AdversarialTrainerMixin
 from fgm_trainer.attacks import ATTACKS
 from fgm_trainer.microbatch import MicroBatch
+from fgm_trainer.raw import Adversary
 from fgm_trainer.schedule import in_steps
 from fgm_trainer.targets import EmbeddingOutput
 
@@ -264,3 +265,65 @@ def test_a_lookup_that_a_checkpointed_layer_repeats(tmp_path, name):
     (plain, once), (repeated, often) = trained
     assert often > once
     agree(plain, repeated)
+
+
+class CalledTwice(nn.Module):
+    """A lookup, or a layer behind it, that is called twice, with shapes of their own."""
+
+    def __init__(self, shape):
+        super().__init__()
+        set_seed(0)
+        self.shape = shape
+        self.lookup, self.layer = nn.Embedding(50, 6), nn.Linear(6, 6)
+        self.config = types.SimpleNamespace(pad_token_id=None)
+
+    def get_input_embeddings(self):
+        return self.lookup
+
+    def forward(self, input_ids, labels):
+        if self.shape == "packed":
+            first, second = (self.layer(self.lookup(ids)) for ids in (input_ids.flatten(), input_ids[:, :3].flatten()))
+            outputs = [first.view(len(labels), -1, 6).mean(1), second.view(len(labels), -1, 6).mean(1)]
+        elif self.shape == "rows":
+            outputs = [self.layer(self.lookup(ids).mean(1)) for ids in (input_ids, input_ids[:, :3])]
+        else:
+            grid = self.lookup(input_ids).view(len(labels), 2, -1, 6)
+            outputs = [self.layer(grid).mean((1, 2)), self.layer(grid.flip(1)).square().mean((1, 2))]
+        return {"loss": nn.functional.cross_entropy(outputs[0] * outputs[1], labels)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "place", "scope"),
+    [
+        ("packed", None, "vocabulary"),
+        ("packed", None, "token"),
+        ("rows", "layer", "example"),
+        ("grid", "layer", "example"),
+    ],
+)
+def test_a_target_that_is_called_twice_in_other_shapes_than_usual(shape, place, scope):
+    model = CalledTwice(shape)
+    ids = torch.arange(1, 33).view(4, 8)
+    adversary = Adversary(model, FGM(epsilon=0.5, scope=scope), target=place)
+    steps = []
+    meet = adversary._place._meet
+
+    def keep(seen, value, *rest):
+        result = meet(seen, value, *rest)
+        if seen._delta is not None:
+            steps.append((result - value).detach())
+        return result
+
+    adversary._place._meet = keep
+    adversary.backward({"input_ids": ids, "labels": torch.tensor([0, 1, 2, 3])})
+    first, second = steps
+    assert first.shape[0] == {"packed": 32, "rows": 4, "grid": 4}[shape]
+    assert second.shape[0] == {"packed": 12, "rows": 4, "grid": 4}[shape]
+    if scope == "vocabulary":
+        # An entry has one perturbation, in whatever call it stands.
+        own = first.view(4, 8, 6)[:, :3].reshape(12, 6)
+        torch.testing.assert_close(own, second)
+        assert torch.linalg.vector_norm(first).item() == pytest.approx(0.5, rel=1e-5)
+    else:
+        lengths = torch.cat([torch.linalg.vector_norm(step.flatten(1), dim=1) for step in steps])
+        torch.testing.assert_close(lengths, torch.full_like(lengths, 0.5))

@@ -221,6 +221,19 @@ def test_the_log_says_what_was_applied(tmp_path):
     assert first[0] == pytest.approx(first[1], rel=1e-6), "`loss` is the clean one, comparable with a plain run"
 
 
+def test_the_accelerator_says_which_pass_is_the_last_of_a_step(tmp_path):
+    """On one process as on many: an optimizer step has one pass with `sync_gradients`."""
+    seen = []
+
+    class Watching(AdversarialTrainer):
+        def compute_loss(self, *args, **kwargs):
+            seen.append(self.accelerator.sync_gradients)
+            return super().compute_loss(*args, **kwargs)
+
+    run(Watching, tmp_path, tiny_bert(), settings={"max_steps": 2, "gradient_accumulation_steps": 2})
+    assert seen == [False, False, False, True] * 2
+
+
 def test_a_long_window_is_added_up_in_parts(tmp_path, monkeypatch):
     lines = []
     for kept in (1024, 3):

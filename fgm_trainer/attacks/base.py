@@ -7,7 +7,6 @@ on. It knows nothing of Trainer, accelerate or mixed precision: whoever owns the
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -104,11 +103,6 @@ class Answer:
         if self.applied is not None:
             return self.applied
         return self.gradient.new_zeros(()).expand_as(self.gradient)
-
-    @functools.cached_property
-    def largest(self) -> Tensor:
-        """The gradient's largest entry of each unit, in a shape that broadcasts: not finite where an entry is not."""
-        return self.units.norms(self.gradient, math.inf)
 
 
 Passes = Generator[Request, Answer, Train]
@@ -244,7 +238,7 @@ class Attack:
 
     def step(self, answer: Answer, size: float) -> Tensor:
         """The perturbation of length `size` along the gradient (`geometry.ascent`)."""
-        return size * geometry.along(answer.gradient, answer.largest, self.norm, answer.units)
+        return size * geometry.along(answer.gradient, self.norm, answer.units)
 
     def settings(self) -> dict[str, Any]:
         """The settings by name, the method's name first: for logs and model cards."""
