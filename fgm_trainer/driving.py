@@ -154,25 +154,28 @@ class LocalGradients:
 
     # A class that is made once: a generator takes several times as many calls in every step.
     def __init__(self, accelerator: Any, model: nn.Module) -> None:
-        self._accelerator = accelerator
+        self.accelerator, self.model = accelerator, model
         bare: Any = getattr(model, "_orig_mod", model)
         self._without_sums = bare.no_sync if isinstance(bare, DistributedDataParallel) else nullcontext
         self._replicated: Any = bare if hasattr(bare, "set_requires_all_reduce") else None
+        self._entered: list[tuple[bool, Any]] = []
 
     def __enter__(self) -> None:
-        self._sync = self._accelerator.sync_gradients
-        self._no_sync = self._without_sums()
-        self._no_sync.__enter__()
+        no_sync = self._without_sums()
+        no_sync.__enter__()
+        self._entered.append((self.accelerator.sync_gradients, no_sync))
         self._tell_passes_apart(False)
 
     def __exit__(self, *error: Any) -> None:
-        self._tell_passes_apart(self._sync)
-        self._no_sync.__exit__(*error)
+        sync, no_sync = self._entered[-1]
+        self._tell_passes_apart(sync)
+        self._entered.pop()
+        no_sync.__exit__(*error)
 
     def _tell_passes_apart(self, sync: bool) -> None:
-        self._accelerator.sync_gradients = sync
+        self.accelerator.sync_gradients = sync
         # Where this is not the last micro-batch, the loop around has already put the sum off.
-        if self._sync and self._replicated is not None:
+        if self._replicated is not None and self._entered[-1][0]:
             self._replicated.set_requires_all_reduce(sync)
 
 

@@ -90,7 +90,7 @@ class MicroBatch:
         recorded = self._place.record(
             request.delta, gradient=not last, scope=self._scope, chosen=chosen, earlier=self._earlier
         )
-        local = nullcontext() if last else trainer._local(self._model)
+        local = nullcontext() if last else trainer._gradients_stay(self._model)
         with self._masks.drawn(request.masks), local, recorded as seen:
             reported, found = self._pass(seen, request)
         unweighted = _over(reported, request.weight)

@@ -76,7 +76,8 @@ class AdversarialTrainerMixin(_Base):
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
                 "Leave one out."
             )
-        self._unwrapped: tuple[nn.Module, nn.Module, LocalGradients] | None = None
+        self._unwrapped: tuple[nn.Module, nn.Module] | None = None
+        self._local: LocalGradients | None = None
         self._given_attack, self._given_target, self._given_schedule = attack, target, epsilon_schedule
         self._configure()
         self._place: Target | None = None
@@ -350,14 +351,15 @@ class AdversarialTrainerMixin(_Base):
         # accelerate asks the file system which engines are installed, each time: a millisecond or two.
         if self._unwrapped is None or self._unwrapped[0] is not model:
             inner = self.accelerator.unwrap_model(model)
-            self._unwrapped = model, getattr(inner, "_orig_mod", inner), LocalGradients(self.accelerator, model)
+            self._unwrapped = (model, getattr(inner, "_orig_mod", inner))
         return self._unwrapped[1]
 
-    def _local(self, model: nn.Module) -> LocalGradients:
+    def _gradients_stay(self, model: nn.Module) -> LocalGradients:
         """The context for passes that are not the last of their step."""
-        self._inner(model)
-        assert self._unwrapped is not None
-        return self._unwrapped[2]
+        known = self._local
+        if known is None or known.model is not model or known.accelerator is not self.accelerator:
+            self._local = known = LocalGradients(self.accelerator, model)
+        return known
 
     def _on_its_device(self) -> nn.Module:
         model = self._inner(self.model_wrapped)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +235,14 @@ def test_the_accelerator_says_which_pass_is_the_last_of_a_step(tmp_path):
 
     run(Watching, tmp_path, tiny_bert(), settings={"max_steps": 2, "gradient_accumulation_steps": 2})
     assert seen == [False, False, False, True] * 2
+
+
+def test_a_model_that_is_wrapped_later_is_asked_what_its_wrapper_does(tmp_path):
+    """In a process of its own: a process group would stay."""
+    command = [sys.executable, Path(__file__).with_name("wrapped_later.py"), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("distance")[1]) < 1e-12
 
 
 def test_a_long_window_is_added_up_in_parts(tmp_path, monkeypatch):
