@@ -1,4 +1,4 @@
-"""A model that is stepped bare, then inside DDP, by one Trainer on one process; prints how far from the bare model's twin.
+"""A model that one Trainer steps bare, then inside DDP, on one process; prints how far from a twin that stays bare.
 
 Started by `test_trainer.py`, since a process group stays in its process: `wrapped_later.py FOLDER`.
 """
