@@ -65,6 +65,7 @@ def test_trainers_of_one_model_have_its_weights_and_hooks_of_their_own(tmp_path)
     assert not sum(len(m._forward_hooks) for m in models[0].modules())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # transformers 4.46 calls it so
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_shape_in_bf16_is_computed_in_bf16(tmp_path, bf16):
     shape = replace(step.shape_of("tiny"), bf16=bf16)
