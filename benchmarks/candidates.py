@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fgm_trainer import AdversarialTrainerMixin, PartialFGM
-from fgm_trainer.attacks import Glance, Look, Passes, Step, Train
+from fgm_trainer.attacks import ForwardPass, GradientPass, Passes, Step, TrainPass
 
 
 class LeastCertain(PartialFGM):
@@ -24,25 +24,21 @@ class LeastCertain(PartialFGM):
 
     def passes(self, step: Step) -> Passes:
         """A forward pass, then `partial_fgm`'s."""
-        seen = yield Glance()
+        seen = yield ForwardPass()
         certainty = seen.outputs[0].softmax(-1).amax(-1)
         chosen = certainty.argsort()[: round(self.share * step.examples)]
-        part = yield Look(rows=chosen)
-        return Train(self.step(part, step.epsilon), rows=chosen)
+        part = yield GradientPass(rows=chosen)
+        return TrainPass(self.step(part, step.epsilon), rows=chosen)
 
 
 class _TellsPasses(Trainer):
     """Knows whether a loss belongs to a training pass, or to one for the perturbation alone."""
 
-    _trains = False
+    running_pass: Any
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A training pass."""
-        self._trains = True
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:
-            self._trains = False
+    @property
+    def _trains(self) -> bool:
+        return self.running_pass is not None and self.running_pass.trains
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss, of a cheaper model where the pass only looks for the perturbation."""
@@ -69,8 +65,8 @@ class ByScore(PartialFGM):
             return (yield from super().passes(step))
         order = sorted(range(step.examples), key=lambda row: -self.scores[row])  # type: ignore[operator]
         chosen = torch.tensor(order[: round(self.share * step.examples)])
-        part = yield Look(rows=chosen)
-        return Train(self.step(part, step.epsilon), rows=chosen)
+        part = yield GradientPass(rows=chosen)
+        return TrainPass(self.step(part, step.epsilon), rows=chosen)
 
 
 class LeastCertainBefore(AdversarialTrainerMixin, _TellsPasses):

@@ -402,7 +402,9 @@ def picture(shapes: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(y=0.01)
-    axes.set_xlabel("forward and backward, over the stock Trainer's (grey: what people use today; hatched: references)")
+    axes.set_xlabel(
+        "forward and backward, over the stock Trainer's\n(grey: what people use today; hatched: references)"
+    )
     figure.savefig(path, dpi=130)
 
 

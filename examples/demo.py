@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer.plotting import plot_robustness
 from fgm_trainer.robustness import RobustnessReport, evaluate_robustness
+from fgm_trainer.robustness.plotting import plot_robustness
 
 MODELS = ("plain", "adversarial")
 SETS = {"movies": "movie snippets", "amazon": "Amazon snippets"}

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, SchedulerType, get_scheduler
 
 from fgm_trainer.arguments import AdversarialArguments
-from fgm_trainer.raw import Adversary
+from fgm_trainer.loops import Adversary
 from fgm_trainer.robustness import evaluate_robustness
 
 

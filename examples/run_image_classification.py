@@ -40,8 +40,8 @@ from transformers import (
 )
 
 from fgm_trainer import FGSM, PGD, AdversarialTrainer, AdversarialTrainingArguments, Attack, Noise
-from fgm_trainer.clipping import valid_range
-from fgm_trainer.raw import Adversary
+from fgm_trainer.loops import Adversary
+from fgm_trainer.perturbation.clipping import valid_range
 from fgm_trainer.robustness import RobustnessReport
 
 try:

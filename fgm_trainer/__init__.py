@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from . import _moved as _moved
 from .attacks import (
     ALUM,
     AWP,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .arguments import AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
     from .trainer import AdversarialSeq2SeqTrainer, AdversarialTrainer, AdversarialTrainerMixin
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ALUM",

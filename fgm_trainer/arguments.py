@@ -10,10 +10,10 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .attacks import ATTACKS, Attack, attack_class, own_settings
-from .driving import EPSILON_UNITS
-from .geometry import NORMS, SCOPES
-from .schedule import Schedule
-from .targets import INPUT_TENSORS
+from .engine.driver import EPSILON_UNITS
+from .engine.schedule import Schedule
+from .perturbation.batches import INPUT_TENSORS
+from .perturbation.geometry import NORMS, SCOPES
 
 _METHODS = ", ".join(sorted(ATTACKS))
 

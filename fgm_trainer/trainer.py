@@ -1,6 +1,6 @@
 """`AdversarialTrainer`: every pass of a step is a `super().training_step` of its own.
 
-A batch enters `training_step`; `microbatch` runs the attack's passes; the target carries the perturbation in and the
+A batch enters `training_step`; the driver runs the attack's passes; the target carries the perturbation in and the
 gradient back. Nothing of `Trainer` is copied, and no weight is written.
 """
 
@@ -21,18 +21,18 @@ from transformers.utils import logging
 
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import FGM, Attack, Memory, Step
-from .clipping import valid_range
-from .driving import LocalGradients, examples_in, gradients_wait, unit_of
-from .microbatch import MicroBatch
-from .monitoring import CollapseWatch, LogWindow
-from .refusals import refuse
-from .schedule import Schedule
-from .target import Target
-from .targets import EmbeddingOutput, find_target
+from .compatibility import refuse
+from .engine.accelerate import Engine
+from .engine.driver import Driver, RunningPass, unit_of
+from .engine.schedule import Schedule
+from .metrics import CollapseWatch, LogWindow
+from .perturbation.batches import examples_in, without_column
+from .perturbation.clipping import valid_range
+from .perturbation.target import Target
+from .perturbation.targets import EmbeddingOutput, find_target
 
 if TYPE_CHECKING:
-    from .epsilon import EpsilonCurve
-    from .robustness import RobustnessReport
+    from .robustness import EpsilonCurve
 
 logger = logging.get_logger(__name__)
 
@@ -77,11 +77,11 @@ class AdversarialTrainerMixin(_Base):
                 "Leave one out."
             )
         self._unwrapped: tuple[nn.Module, nn.Module] | None = None
-        self._local: LocalGradients | None = None
         self._given_attack, self._given_target, self._given_schedule = attack, target, epsilon_schedule
         self._configure()
-        self._place: Target | None = None
-        self._gradients_wait = False
+        self._driver: Driver | None = None
+        # The pass that an overridden `training_step` or `compute_loss` is called for.
+        self.running_pass: RunningPass | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -112,8 +112,12 @@ class AdversarialTrainerMixin(_Base):
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
         self._configure()
+        self._refuse()
+
+    def _refuse(self) -> None:
         if self.attack.epsilon > 0:
-            refuse(self)
+            model = None if self.model is None else self._inner(self.model)
+            refuse(self, model, self.attack, self._target, self._epsilon_unit)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, after every problem of the configuration was looked for.
@@ -122,16 +126,14 @@ class AdversarialTrainerMixin(_Base):
             ValueError: one message with all of them.
         """
         self._configure()
-        if self.attack.epsilon > 0:
-            refuse(self)
+        self._refuse()
         if self._given_attack is None and not isinstance(self.args, AdversarialArguments):
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
         self._begin()
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._place is not None:
-                self._place.detach()
+            self._detach()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step on a micro-batch: as many passes as the attack asks for, each `super().training_step`.
@@ -140,32 +142,72 @@ class AdversarialTrainerMixin(_Base):
             The clean loss, as `Trainer` reports it; where there is none, that of the first training pass.
         """
         given, inputs = inputs, self._for_model(inputs)
-        stock = functools.partial(super().training_step, model, inputs, *args, **kwargs)
         if self.attack.epsilon == 0:
-            return stock()
+            return super().training_step(model, inputs, *args, **kwargs)
         factor = self.schedule.factor(self.state.global_step, self.state.max_steps)
-        place = self._attached(model)
+        driver = self._attached(model)
         if factor == 0 and self._checked_batch:
-            return stock()
-        attack = self.attack.in_units(self._unit)
-        scope = place.settle(attack.scope, attack.default_scope)
-        loss_arguments = _loss_arguments(args, kwargs)
-        batch = MicroBatch(self, attack, scope, place, model, inputs, given, stock, loss_arguments)
+            return super().training_step(model, inputs, *args, **kwargs)
+        stock = super().training_step
+
+        def run_pass(running: RunningPass, called: nn.Module, batch: Any) -> Tensor:
+            self.running_pass = running
+            try:
+                with _Replaced(self, running):
+                    reported = stock(called, batch, *args, **kwargs)
+            finally:
+                self.running_pass = None
+            self._check_pass(running)
+            return reported
+
         try:
-            if factor == 0:
-                loss = batch.check()
-            else:
-                first = self._next_position() == 0
-                self._window.begin(first)
-                if first:
-                    self._settle_memory()
-                loss = batch.run(Step(factor * attack.epsilon, self._seed(), self._memory, examples_in(inputs)))
-                self._memory_due = self._memory is not None
+            with self._watched(model, inputs):
+                if factor == 0:
+                    loss = driver.check(inputs, run_pass)
+                else:
+                    loss = self._attacked_step(driver, factor, inputs, given, run_pass)
             self._checked_batch = True
             return loss
         except BaseException:
             self._position = (-1, 0)
             raise
+
+    def _attacked_step(
+        self, driver: Driver, factor: float, inputs: dict[str, Any], given: dict[str, Any], run_pass: Any
+    ) -> Tensor:
+        first = self._next_position() == 0
+        self._window.begin(first)
+        if first:
+            self._settle_memory()
+        step = Step(factor * driver.attack.epsilon, self._seed(), self._memory, examples_in(inputs))
+        passes = driver.run(step, inputs, run_pass, given, self._micro_batches())
+        self._memory_due = self._memory is not None
+        perturbed = [each for each in passes if not each.is_clean]
+        losses = [each.unweighted for each in perturbed]
+        mean = torch.stack(losses).mean(0) if len(losses) > 1 else losses[0]
+        self._window.perturbed(mean, perturbed[-1].forward_pass.row_norms())
+        clean = [each.unweighted for each in passes if each.is_clean]
+        return clean[-1] if clean else losses[0]
+
+    def _watched(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """A context in which `CollapseWatch` sees the model's answers."""
+        logs = self.args.logging_strategy != "no" and len(self.label_names or ()) == 1
+        labels = inputs.get(self.label_names[0]) if logs else None
+        return self._watch.watched(model, labels, self.state.global_step, self.schedule, self.state.max_steps)
+
+    def _check_pass(self, running: RunningPass) -> None:
+        name = type(self).__name__
+        if not running.measured:
+            raise RuntimeError(
+                f"{name}.training_step does not call self.compute_loss, where the loss is weighted and the "
+                "perturbation checked. Let it call compute_loss, or use fgm_trainer.loops.Adversary in a loop."
+            )
+        if running.missed_backward:
+            raise RuntimeError(
+                f"{name}.training_step does not call self.accelerator.backward, where divergences are added and a pass "
+                "ends that only asks for the gradient at the perturbation. Let it call that in place of "
+                "loss.backward(), or choose a method whose passes all train, such as adv_method='fgm'."
+            )
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """`Trainer.prediction_step`, without the column that only a targeted attack reads."""
@@ -174,37 +216,60 @@ class AdversarialTrainerMixin(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log`; the lines of training get the attack's figures as well."""
         if "loss" in logs and "learning_rate" in logs and self.attack.epsilon > 0:
+            if self._driver is not None:
+                self._driver.check_range()
             logs = {**logs, **self._window.close(self.accelerator)}
-            self._watch.see(logs["loss"], self.state.global_step, self.schedule, self.state.max_steps)
+            state = self.state
+            self._watch.see(
+                logs["loss"], state.global_step, self.schedule, state.max_steps, state.log_history, self.accelerator
+            )
             if not math.isfinite(logs.get("adv_loss", 0.0)):
                 logger.warning(
                     f"The adversarial loss is {logs['adv_loss']} in the steps up to {self.state.global_step}."
                 )
         super().log(logs, *args, **kwargs)
 
-    def evaluate_robustness(self, eval_dataset: Any = None, **kwargs: Any) -> RobustnessReport:
+    def evaluate_robustness(self, eval_dataset: Any = None, **kwargs: Any) -> Any:
         """Clean and adversarial accuracy of the model: `robustness.evaluate_robustness` with the Trainer's own parts.
 
         Every process evaluates the whole data set, so all get the same report.
 
         Args:
-            eval_dataset: a data set; None for the Trainer's own.
+            eval_dataset: what `Trainer.evaluate` takes: a data set, also an iterable one; a dictionary of data sets;
+                the name of one of the Trainer's own; None for the Trainer's own.
             **kwargs: `attacks`, `epsilons` and the other arguments of `robustness.evaluate_robustness`.
+
+        Returns:
+            A `RobustnessReport`; for a dictionary of data sets one of each, by name.
+
+        Raises:
+            ValueError: there is no data set, or what `robustness.evaluate_robustness` refuses.
         """
         from .robustness import evaluate_robustness
 
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            own = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
+            if dataset not in own:
+                names = ", ".join(own) or "none, since eval_dataset is no dictionary"
+                raise ValueError(f"The Trainer's eval_dataset has no data set {dataset!r}; it has: {names}.")
+            dataset = own[dataset]
         if dataset is None:
             raise ValueError("evaluate_robustness needs a data set: pass eval_dataset here or to the Trainer.")
-        kwargs.setdefault("batch_size", self.args.eval_batch_size)
-        kwargs.setdefault("collate_fn", self.data_collator)
-        # A model that was trained on perturbed weights is evaluated on perturbed inputs.
-        kwargs.setdefault("target", None if self._target == "weights" else self._target)
-        kwargs.setdefault("epsilon_unit", self._epsilon_unit)
-        kwargs.setdefault("clip", self._valid_range())
-        kwargs.setdefault("progress", not self.args.disable_tqdm)
-        kwargs.setdefault("seed", self.args.seed)
-        return evaluate_robustness(self._on_its_device(), _without_unused(self, dataset), **kwargs)
+        if isinstance(dataset, Mapping):
+            return {name: self.evaluate_robustness(one, **kwargs) for name, one in dataset.items()}
+        collate = kwargs.pop("collate_fn", self.data_collator)
+        own_parts: dict[str, Any] = {
+            "batch_size": self.args.eval_batch_size,
+            # A model that was trained on perturbed weights is evaluated on perturbed inputs.
+            "target": None if self._target == "weights" else self._target,
+            "epsilon_unit": self._epsilon_unit,
+            "clip": self._valid_range(),
+            "progress": not self.args.disable_tqdm,
+            "seed": self.args.seed,
+            "collate_fn": self._get_collator_with_removed_columns(collate, description="evaluation"),
+        }
+        return evaluate_robustness(self._on_its_device(), dataset, **own_parts | kwargs)
 
     def find_epsilon(
         self,
@@ -227,7 +292,7 @@ class AdversarialTrainerMixin(_Base):
         Raises:
             ValueError: there is no data set, or what `epsilon.find_epsilon` refuses.
         """
-        from .epsilon import choose_batches, find_epsilon
+        from .robustness.epsilon import choose_batches, find_epsilon
 
         dataset = self.train_dataset if dataset is None else dataset
         if dataset is None:
@@ -260,8 +325,8 @@ class AdversarialTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero() or self.attack.epsilon == 0:
             return
-        place = self._place or EmbeddingOutput()
-        scope = place.settle(self.attack.scope, self.attack.default_scope)
+        target = EmbeddingOutput() if self._driver is None else self._driver.target
+        scope = target.resolve_scope(self.attack.scope, self.attack.default_scope)
         rows = self.attack.settings() | {"scope": scope, "target": str(self._target)}
         rows |= {"epsilon_unit": self._epsilon_unit, **vars(self.schedule)}
         lines = [f"| {name} | {value} |" for name, value in rows.items()]
@@ -270,34 +335,53 @@ class AdversarialTrainerMixin(_Base):
 
     # Preparation --------------------------------------------------------------------------------------------------
 
-    def _attached(self, model: nn.Module) -> Target:
-        """The target, its hooks on the model that is being trained."""
+    def _attached(self, model: nn.Module) -> Driver:
+        """The driver for the model that is being trained."""
         inner = self._inner(model)
-        if self._place is None or self._place.model is not inner:
-            if self._place is not None:
-                self._place.detach()
-            place = self._target if isinstance(self._target, Target) else find_target(self._target, inner)
-            place.attach(inner, model)
-            place.clip = self._valid_range() or place.clip
-            self._place = place
-            self._gradients_wait = gradients_wait(place, self.accelerator)
         if not self._unit_known:
             self._unit_known = True
             self._unit = unit_of(self._epsilon_unit, inner)
+        attack = self.attack.in_units(self._unit)
+        driver = self._driver
+        if (
+            driver is None
+            or driver.engine.wrapped is not model
+            or driver.engine.accelerator is not self.accelerator
+            # Another trainer may have taken it.
+            or driver.target.model is not inner
+        ):
+            self._detach()
+            target = self._target if isinstance(self._target, Target) else find_target(self._target, inner)
+            target.attach(inner, model)
+            target.clip = self._valid_range() or target.clip
+            driver = self._driver = Driver(
+                attack,
+                target,
+                target.resolve_scope(attack.scope, attack.default_scope),
+                Engine(self.accelerator, model, inner),
+                same_dropout=self._same_dropout,
+                observe=lambda answer: self._window.gradient(answer.gradient),
+            )
+        driver.attack = attack
         if self._memory_due and self._memory is None:
-            self._memory = self.attack.in_units(self._unit).new_memory(self.args.seed)
+            self._memory = attack.new_memory(self.args.seed)
             if self._memory is not None and self._saved_memory is not None:
                 self._memory.load_state_dict(self._saved_memory)
                 self._memory_due = False
-        return self._place
+        return driver
+
+    def _detach(self) -> None:
+        if self._driver is not None:
+            self._driver.target.detach()
+        self._driver = None
 
     def _valid_range(self) -> tuple[Tensor, Tensor] | None:
         clip = self.args.adv_clip if isinstance(self.args, AdversarialArguments) else None
         return None if clip is None else valid_range(clip, getattr(self, "processing_class", None))
 
-    def _for_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _for_model(self, inputs: dict[str, Any]) -> Any:
         column = self._label_column()
-        return inputs if column is None else {name: value for name, value in inputs.items() if name != column}
+        return without_column(inputs, column)
 
     def _label_column(self) -> str | None:
         """The column of the data that only a targeted attack reads."""
@@ -354,13 +438,6 @@ class AdversarialTrainerMixin(_Base):
             self._unwrapped = (model, getattr(inner, "_orig_mod", inner))
         return self._unwrapped[1]
 
-    def _gradients_stay(self, model: nn.Module) -> LocalGradients:
-        """The context for passes that are not the last of their step."""
-        known = self._local
-        if known is None or known.model is not model or known.accelerator is not self.accelerator:
-            self._local = known = LocalGradients(self.accelerator, model)
-        return known
-
     def _on_its_device(self) -> nn.Module:
         model = self._inner(self.model_wrapped)
         if self.place_model_on_device and next(model.parameters()).device != self.args.device:
@@ -391,12 +468,50 @@ class AdversarialSeq2SeqTrainer(AdversarialTrainerMixin, Seq2SeqTrainer):
     """`Seq2SeqTrainer` with adversarial training; the encoder's input is attacked."""
 
 
-def _loss_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
-    """`training_step`'s further arguments, for `compute_loss`: v4 and v5 pass num_items_in_batch, by place or name."""
-    return {"num_items_in_batch": args[0]} if args else dict(kwargs)
+class _Replaced:
+    """A context: inside, the losses and backward passes of the trainer are those of a pass.
 
+    `compute_loss` and `accelerator.backward` are wrapped on the instances, so overrides above and below are all inside.
+    """
 
-def _without_unused(trainer: Any, dataset: Any) -> Any:
-    """The data set without the columns that the model does not take, as `Trainer.evaluate` would see it."""
-    remove = trainer._remove_unused_columns
-    return remove(dataset, description="evaluation") if hasattr(dataset, "column_names") else dataset
+    # A class: a generator takes four times as many calls, several times a step.
+    def __init__(self, trainer: AdversarialTrainerMixin, running: RunningPass) -> None:
+        self._trainer, self._running = trainer, running
+        self._compute_loss: Callable[..., Any] = trainer.compute_loss
+        self._backward: Callable[..., None] = trainer.accelerator.backward
+
+    def __enter__(self) -> None:
+        trainer, own = vars(self._trainer), vars(self._trainer.accelerator)
+        self._before = trainer.get("compute_loss"), own.get("backward")
+        trainer["compute_loss"] = wrapper = lambda *a, **k: self._measured(*a, **k)
+        # Its signature is found.
+        wrapper.__wrapped__ = self._compute_loss  # type: ignore[attr-defined]
+        own["backward"] = lambda loss, **k: self._running.backward(loss, self._backward, **k)
+
+    def __exit__(self, *error: object) -> None:
+        for instance, name, before in (
+            (self._trainer, "compute_loss", self._before[0]),
+            (self._trainer.accelerator, "backward", self._before[1]),
+        ):
+            vars(instance).pop(name)
+            if before is not None:
+                vars(instance)[name] = before
+
+    def _measured(self, *args: Any, **kwargs: Any) -> Any:
+        """`compute_loss` of a pass; the Trainer's own inside of it and outside of autograd."""
+        running = self._running
+        if not running.takes_losses:
+            return self._compute_loss(*args, **kwargs)
+        asked = kwargs.get("return_outputs", False) or any(args[2:3])
+        if running.reads_outputs and not asked:
+            # The third argument, wherever it stands.
+            args, kwargs = (*args[:2], True, *args[3:]) if len(args) > 2 else args, dict(kwargs)
+            if len(args) < 3:
+                kwargs["return_outputs"] = True
+        if len(args) > 1:
+            batch, compute = args[1], lambda b: self._compute_loss(args[0], b, *args[2:], **kwargs)
+        else:
+            batch = kwargs.pop("inputs")
+            compute = lambda b: self._compute_loss(*args, inputs=b, **kwargs)  # noqa: E731
+        loss, outputs = running.measure(compute, batch)
+        return (loss, outputs) if asked else loss

@@ -18,7 +18,7 @@ from transformers.data.data_collator import default_data_collator
 
 from fgm_trainer import AdversarialTrainer
 from fgm_trainer.attacks import attack_class
-from fgm_trainer.raw import Adversary
+from fgm_trainer.loops import Adversary
 from fgm_trainer.robustness import evaluate_robustness
 
 STEPS, ROWS, RATE = 4, 32, 0.1

@@ -9,21 +9,24 @@ import signal
 import sys
 
 import run_glue
-from torch.nn.modules.module import register_module_forward_hook
 
 KIND, RANK, STEP = sys.argv[1], *map(int, sys.argv[2:4])
 
 
 class Faulty(run_glue.AdversarialTrainer):
-    passes = 0
+    passes = step = 0
 
     def training_step(self, *args, **kwargs):
+        if not Faulty.step:
+            # On the one module: a hook on all of them may change what the lookup gives, and rounding with it.
+            (embeddings,) = (m for m in self.model.modules() if type(m).__name__ == "BertEmbeddings")
+            embeddings.register_forward_hook(fault)
         Faulty.passes, Faulty.step = 0, self.state.global_step + 1
         return super().training_step(*args, **kwargs)
 
 
 def fault(module, args, output):
-    if type(module).__name__ != "BertEmbeddings" or not module.training:
+    if not module.training:
         return
     Faulty.passes += 1
     if (Faulty.step, Faulty.passes, int(os.environ.get("RANK", 0))) == (STEP, 2, RANK):
@@ -33,5 +36,4 @@ def fault(module, args, output):
 
 
 run_glue.AdversarialTrainer = Faulty
-register_module_forward_hook(fault)
 run_glue.main(sys.argv[4:])

@@ -116,15 +116,20 @@ def of_one(one, other, kind, family):
     return total
 
 
-def apart(one, other, kind, family, mask):
-    """The mean over examples, or where each token has a prediction, over the micro-batch's tokens."""
+def which_count(loss, logits):
+    """The positions that the loss counts: those whose logits it has a gradient at."""
+    return (torch.autograd.grad(loss, logits, retain_graph=True)[0] != 0).any(dim=-1)
+
+
+def apart(one, other, kind, family, counted):
+    """The mean over examples, or where each position has a prediction, over the micro-batch's that count."""
     values = []
     for b in range(one.shape[0]):
         if one.dim() == 2:
             values.append(of_one(one[b], other[b], kind, family))
             continue
         for position in range(one.shape[1]):
-            if mask[b, position]:
+            if counted[b, position]:
                 values.append(of_one(one[b, position], other[b, position], kind, family))
     return sum(values) / len(values)
 
@@ -320,11 +325,11 @@ def vat(norm="l2", *, epsilon, iterations=1, xi=None, weight=1.0, clean_weight=1
         state = torch.get_rng_state()
         loss, logits = place(batch)
         after = torch.get_rng_state()
-        fixed, mask = logits.detach(), batch["attention_mask"]
+        fixed, counted = logits.detach(), which_count(loss, logits)
 
         def distance(delta):
             torch.set_rng_state(state)
-            return apart(fixed, place(batch, delta)[1], "kl", family, mask)
+            return apart(fixed, place(batch, delta)[1], "kl", family, counted)
 
         direction = place.direction(draw("gaussian", batch, place, seed), "l2" if norm == "none" else norm)
         for _ in range(iterations):
@@ -341,7 +346,7 @@ def r3f(*, epsilon, weight=1.0, clean_weight=1.0, family="classes"):
     def method(place, batch, seed, share):
         loss, logits = place(batch)
         _, moved = place(batch, epsilon * draw("uniform", batch, place, seed))
-        divergence = apart(logits, moved, "symmetric", family, batch["attention_mask"])
+        divergence = apart(logits, moved, "symmetric", family, which_count(loss, logits))
         (share * (clean_weight * loss + weight * divergence)).backward()
         return loss.item(), divergence.item()
 
@@ -375,23 +380,24 @@ class Smart:
     def __call__(self, place, batch, seed, share):
         if self.mean is None:
             self.mean = copy.deepcopy(place.model)
-        mask = batch["attention_mask"]
         loss, logits = place(batch)
-        fixed = logits.detach()
+        fixed, counted = logits.detach(), which_count(loss, logits)
         delta = place.projected(self.sigma * draw("gaussian", batch, place, seed), self.epsilon, self.norm)
         for _ in range(self.steps):
             gradient = place.ascent(
-                lambda moved: apart(fixed, place(batch, moved)[1], "symmetric", self.family, mask), delta, self.through
+                lambda moved: apart(fixed, place(batch, moved)[1], "symmetric", self.family, counted),
+                delta,
+                self.through,
             )
             # Of one example's own divergence, not of the mean.
             step = len(batch["labels"]) * gradient if self.raw else place.direction(gradient, self.norm)
             delta = place.projected(delta + self.step_size * step, self.epsilon, self.norm)
-        divergence = apart(logits, place(batch, delta)[1], "symmetric", self.family, mask)
+        divergence = apart(logits, place(batch, delta)[1], "symmetric", self.family, counted)
         total = self.clean_weight * loss + self.weight * divergence
         if self.bregman:
             with torch.no_grad():
                 before = place(batch, model=self.mean)[1]
-            total = total + self.bregman * apart(before, logits, "symmetric", self.family, mask)
+            total = total + self.bregman * apart(before, logits, "symmetric", self.family, counted)
         (share * total).backward()
         return loss.item(), divergence.item()
 

@@ -10,10 +10,20 @@ import pytest
 import torch
 
 from fgm_trainer import ALUM, AWP, FGM, FGSM, PGD, R3F, SMART, VAT, Attack, FreeLB, Noise, TokenAware, register
-from fgm_trainer.attacks import ATTACKS, Answer, Glance, Look, Step, Train, attack_class, own_settings, run
-from fgm_trainer.geometry import NORMS, SCOPES, Segments, Units, length, shared_entries
-from fgm_trainer.objective import Against, divergence
-from fgm_trainer.passes import Met
+from fgm_trainer.attacks import (
+    ATTACKS,
+    ForwardPass,
+    GradientPass,
+    PassResult,
+    Step,
+    TrainPass,
+    attack_class,
+    own_settings,
+    run,
+)
+from fgm_trainer.perturbation.divergence import Against, divergence
+from fgm_trainer.perturbation.forward_pass import TargetCall
+from fgm_trainer.perturbation.geometry import NORMS, SCOPES, Segments, Units, length, shared_entries
 
 # awp perturbs weights: it has its own tests, and takes its place wherever a model is trained.
 INPUT_ATTACKS = sorted(name for name in ATTACKS if ATTACKS[name].default_target != "weights")
@@ -58,11 +68,11 @@ class Bench:
         """The perturbation of a request, whether given or to be drawn."""
         if request.delta is None:
             return torch.zeros_like(self.embeddings)
-        if isinstance(request, Train) and request.rows is not None:
+        if isinstance(request, TrainPass) and request.rows is not None:
             return torch.zeros_like(self.embeddings).index_copy(0, request.rows, request.delta.double())
         if isinstance(request.delta, torch.Tensor):
             return request.delta.double()
-        return request.delta(Met(self.embeddings, self.units, self.ids, 9, 0)).double()
+        return request.delta(TargetCall(self.embeddings, self.units, self.ids, 9, 0)).double()
 
     def part(self, rows):
         """The bench with some of its rows, in that order."""
@@ -83,24 +93,24 @@ class Bench:
         delta = self.drawn(request).clone().requires_grad_()
         outputs = self.outputs(delta)
         measured = getattr(request, "against", ())
-        loss = divergence((outputs,), measured, None, None) if measured else self.loss(delta)
+        loss = divergence((outputs,), measured, torch.nn.Module(), {}) if measured else self.loss(delta)
         gradient = torch.autograd.grad(loss, delta)[0]
-        if isinstance(request, Glance):
+        if isinstance(request, ForwardPass):
             gradient = torch.zeros_like(gradient)
         elif self.spoil is not None and self.first is not None:
             gradient[self.first, 0, 0] = self.spoil
         self.losses.append(loss.item())
         gradient = self.units.only_tokens(gradient)
-        return Answer(gradient, self.units, loss.detach(), delta.detach(), (outputs.detach(),), self.ids)
+        return PassResult(gradient, self.units, loss.detach(), delta.detach(), (outputs.detach(),), self.ids)
 
     def look(self, request):
-        assert isinstance(request, Look | Glance)
+        assert isinstance(request, GradientPass | ForwardPass)
         self.requests.append(request)
         self.deltas.append(self.drawn(request))
         return self.answer(request)
 
     def train(self, request, last):
-        assert isinstance(request, Train)
+        assert isinstance(request, TrainPass)
         self.requests.append(request)
         self.deltas.append(self.drawn(request))
         self.lasts.append(last)
@@ -129,7 +139,7 @@ class WeightBench(Bench):
     def answer(self, request):
         delta = self.drawn(request).clone().requires_grad_()
         loss = self.loss(delta)
-        return Answer(torch.autograd.grad(loss, delta)[0], self.units, loss.detach(), delta.detach())
+        return PassResult(torch.autograd.grad(loss, delta)[0], self.units, loss.detach(), delta.detach())
 
 
 # Those whose published step is far below the epsilon of these tests.
@@ -209,7 +219,7 @@ def test_an_attack_raises_what_it_measures(name, norm):
 
     def measured(delta):
         return (
-            divergence((bench.outputs(delta),), [Against((clean,))], None, None)
+            divergence((bench.outputs(delta),), [Against((clean,))], torch.nn.Module(), {})
             if attack.compares
             else bench.loss(delta)
         )
@@ -239,8 +249,8 @@ def test_card(name):
 def test_cost_is_what_the_card_says(name):
     attack = ATTACKS[name]() if name == "awp" else ATTACKS[name](scope="example")
     requests = (WeightBench() if name == "awp" else Bench("example")).run(attack)
-    trains = sum(isinstance(r, Train) for r in requests)
-    glances = sum(isinstance(r, Glance) for r in requests)
+    trains = sum(isinstance(r, TrainPass) for r in requests)
+    glances = sum(isinstance(r, ForwardPass) for r in requests)
     looks = len(requests) - trains - glances
     cost = re.search(r"^Cost: (.*?)\n\n", inspect.getdoc(attack), re.MULTILINE | re.DOTALL).group(1)
     said = re.match(r"(\d+) full pass", cost)
@@ -248,19 +258,19 @@ def test_cost_is_what_the_card_says(name):
     assert int(said.group(1)) == trains
     assert ("without weight gradients" in cost) == (looks > 0)
     assert ("forward pass" in cost) == (glances > 0)
-    assert attack.looks == (looks > 0), "`looks` says whether the attack asks for `Look`"
+    assert attack.looks == (looks > 0), "`looks` says whether the attack asks for `GradientPass`"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_passes_of_pgd(steps):
     kinds = [type(r) for r in Bench("example").run(PGD(steps=steps, scope="example"))]
-    assert kinds == [Train, *[Look] * (steps - 1), Train]
+    assert kinds == [TrainPass, *[GradientPass] * (steps - 1), TrainPass]
 
 
 @pytest.mark.parametrize("name", ["fgm", "noise"])
 def test_passes_of_one_step_attacks(name):
     requests = Bench("example").run(make(name, "l2", "example"))
-    assert [type(r) for r in requests] == [Train, Train]
+    assert [type(r) for r in requests] == [TrainPass, TrainPass]
     assert requests[0].delta is None
 
 
@@ -277,7 +287,7 @@ def test_weights_reach_the_requests():
 
 def test_a_pass_of_weight_zero_becomes_a_look():
     requests = Bench("example").run(FGM(scope="example", clean_weight=0.0))
-    assert [type(r) for r in requests] == [Look, Train]
+    assert [type(r) for r in requests] == [GradientPass, TrainPass]
     full = Bench("example").run(FGM(scope="example"))
     assert torch.equal(requests[-1].delta, full[-1].delta)
 
@@ -290,9 +300,9 @@ class Closing(FGM):
 
     def passes(self, step):
         try:
-            answer = yield Train()
-            answer = yield Look(self.step(answer, step.epsilon))
-            return Train(self.step(answer, step.epsilon))
+            answer = yield TrainPass()
+            answer = yield GradientPass(self.step(answer, step.epsilon))
+            return TrainPass(self.step(answer, step.epsilon))
         finally:
             ENDED.append(True)
 
@@ -323,7 +333,7 @@ def test_the_driver_closes_the_coroutine(fail, error):
 def test_an_error_inside_an_attack_is_raised_as_it_is():
     class Broken(FGM):
         def passes(self, step):
-            yield Train()
+            yield TrainPass()
             raise ZeroDivisionError("inside")
 
     bench = Bench("example")

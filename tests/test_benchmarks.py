@@ -21,7 +21,7 @@ from by_hand import by_hand  # noqa: E402
 from candidates import ByScore, JustMoved, LeastCertain, LeastCertainBefore  # noqa: E402
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer  # noqa: E402
-from fgm_trainer.attacks import Glance, Step  # noqa: E402
+from fgm_trainer.attacks import ForwardPass, Step  # noqa: E402
 
 
 def trained(path, kind, model, steps=3, **parts):
@@ -60,9 +60,16 @@ def test_trainers_of_one_model_have_its_weights_and_hooks_of_their_own(tmp_path)
     found = step.trainers(step.shape_of("tiny"), ("stock", "fgm"), str(tmp_path))
     models = [one.trainer.model for one in found.values()]
     assert all(a is b for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    hooked = []
+    for model in models:
+        model.bert.encoder.register_forward_pre_hook(
+            lambda module, args, model=model: hooked.append([sum(len(m._forward_hooks) for m in model.modules())])
+        )
     found["fgm"].passes()
-    assert sum(len(m._forward_hooks) for m in models[1].modules())
-    assert not sum(len(m._forward_hooks) for m in models[0].modules())
+    assert [min(count) > 0 for count in hooked] == [True, True]
+    found["stock"].passes()
+    assert set(map(tuple, hooked[2:])) == {(0,)}
+    assert not sum(len(m._forward_hooks) for model in models for m in model.modules())
 
 
 @pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # transformers 4.46 calls it so
@@ -108,7 +115,7 @@ def test_the_benchmark_of_a_step_runs(tmp_path, monkeypatch):
 
 def test_the_least_certain_examples_are_chosen():
     passes = LeastCertain(share=0.5).passes(Step(0.3, 0, None, 4))
-    assert isinstance(next(passes), Glance)
+    assert isinstance(next(passes), ForwardPass)
     logits = torch.tensor([[3.0, 0.0], [0.1, 0.0], [0.0, 2.0], [0.0, 0.5]])
     request = passes.send(SimpleNamespace(outputs=(logits,)))
     assert request.rows.tolist() == [1, 3]

@@ -7,7 +7,7 @@ from test_trainer import CHECKPOINTING, far, run
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 
-from fgm_trainer import AWP, FGM, PGD, AdversarialTrainer, raw
+from fgm_trainer import AWP, FGM, PGD, AdversarialTrainer, loops
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own
 
@@ -168,8 +168,8 @@ def loop(model, backward):
 )
 def test_adversary_in_a_loop_on_a_model_that_the_user_compiled(how, attack):
     eager, model = bert(), bert()
-    loop(eager, raw.Adversary(eager, attack).backward)
-    adversary = raw.Adversary(compiled(model, how), attack)
+    loop(eager, loops.Adversary(eager, attack).backward)
+    adversary = loops.Adversary(compiled(model, how), attack)
     assert compiled_once(loop(model, adversary.backward))
     assert far(weights(eager), weights(model)) < 1e-6
     adversary.close()
@@ -178,8 +178,8 @@ def test_adversary_in_a_loop_on_a_model_that_the_user_compiled(how, attack):
 
 def test_a_model_may_be_compiled_after_the_adversary_is_made():
     eager, model = bert(), bert()
-    loop(eager, raw.Adversary(eager, FGM()).backward)
-    adversary = raw.Adversary(model, FGM())
+    loop(eager, loops.Adversary(eager, FGM()).backward)
+    adversary = loops.Adversary(model, FGM())
     model.compile(backend="eager")
     assert compiled_once(loop(model, adversary.backward))
     assert far(weights(eager), weights(model)) < 1e-6
@@ -187,7 +187,7 @@ def test_a_model_may_be_compiled_after_the_adversary_is_made():
 
 def test_the_snippets_interface_on_a_model_that_the_user_compiled():
     def snippet(model, called):
-        fgm = raw.FGM(model)
+        fgm = loops.FGM(model)
 
         def backward(batch):
             called(**batch).loss.backward()
@@ -231,7 +231,7 @@ def test_an_adversary_made_after_the_first_plain_steps_is_seen(how):
         model = bert()
         called = compiled(model, way)
         loop(model, lambda batch, called=called: called(**batch).loss.backward())
-        loop(model, raw.Adversary(called, FGM()).backward)
+        loop(model, loops.Adversary(called, FGM()).backward)
         results.append(weights(model))
     assert far(*results) < 1e-6
 
@@ -262,7 +262,7 @@ def test_the_layers_stay_one_graph_and_only_our_hooks_break_it():
     stock, breaks = sizes_of_graphs(lambda model: lambda batch: model(**batch).loss.backward())
     assert not breaks
     torch.compiler.reset()
-    ours, breaks = sizes_of_graphs(lambda model: raw.Adversary(model, FGM()).backward)
+    ours, breaks = sizes_of_graphs(lambda model: loops.Adversary(model, FGM()).backward)
     assert max(ours) > 0.75 * max(stock), (stock, ours)
     assert breaks
     assert all("torch.compiler.disable" in reason for reason in breaks)

@@ -11,10 +11,10 @@ from transformers.data.data_collator import default_data_collator
 
 from fgm_trainer import FGM, AdversarialTrainer
 from fgm_trainer.attacks import ATTACKS
-from fgm_trainer.geometry import length
-from fgm_trainer.passes import Pass
+from fgm_trainer.perturbation.forward_pass import PerturbedForward
+from fgm_trainer.perturbation.geometry import length
+from fgm_trainer.perturbation.targets import find_target
 from fgm_trainer.robustness import evaluate_robustness
-from fgm_trainer.targets import find_target
 
 TARGETS = {
     "word_embeddings": ("vocabulary", "example", "token"),
@@ -59,14 +59,14 @@ def data(target, count=8):
 @pytest.fixture
 def met(monkeypatch):
     """Every perturbed pass: what it added, its units, its attention mask."""
-    kept, check = [], Pass.check
+    kept, end = [], PerturbedForward.end
 
     def keep(self):
+        end(self)
         if self._delta is not None:
             kept.append((self.applied().clone(), self.units()))
-        return check(self)
 
-    monkeypatch.setattr(Pass, "check", keep)
+    monkeypatch.setattr(PerturbedForward, "end", keep)
     return kept
 
 
@@ -94,9 +94,9 @@ def test_training(tmp_path, met, name, target, scope):
     masked = 0
     for delta, units in met:
         assert torch.isfinite(delta).all()
-        assert delta[~units.blank].any()
-        assert not delta[units.blank].any()
-        masked += int(units.blank.sum())
+        assert delta[~units.padding].any()
+        assert not delta[units.padding].any()
+        masked += int(units.padding.sum())
         assert (length(delta, trainer.attack.norm, units) <= reach * (1 + 1e-5)).all()
     assert masked, "without padding nothing was shown of it"
     assert sum(hooks(trainer.model)) == 0
@@ -139,7 +139,7 @@ class Grads(TrainerCallback):
 # Divergences are compared with their joint graphs in test_methods.py.
 @pytest.mark.parametrize(("name", "target", "scope"), marked([case for case in EVERY if not ATTACKS[case[0]].compares]))
 def test_gradients_are_the_sum_of_the_training_passes(tmp_path, met, name, target, scope):
-    """What else a method asks for (`Look`, `Glance`) leaves no trace in `.grad`."""
+    """What else a method asks for (`GradientPass`, `ForwardPass`) leaves no trace in `.grad`."""
     watch = Grads()
     settings = {"max_steps": 1, "per_device_train_batch_size": 8}
     trainer_of(tmp_path, name, target, scope, callbacks=[watch], settings=settings).train()
@@ -152,8 +152,14 @@ def test_gradients_are_the_sum_of_the_training_passes(tmp_path, met, name, targe
     if trains == 1 and name != "partial_fgm":
         model(**batch).loss.backward()
     for delta, _ in met[-trains:]:
-        with place.record(delta, gradient=False):
-            (model(**batch).loss / trains).backward()
+        calls = place.step_calls("example")
+        for given in (None, delta):
+            # The first pass of a step says what the calls are.
+            once = place.new_pass(calls, given)
+            with place.perturbed(once), once.loss_of(batch):
+                loss = model(**batch).loss
+            once.end()
+        (loss / trains).backward()
     place.detach()
     for weight_name, weight in model.named_parameters():
         if weight.grad is not None:

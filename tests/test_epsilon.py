@@ -16,8 +16,8 @@ from torch.utils.data import IterableDataset
 
 from fgm_trainer import AWP, FGM, PGD, R3F, SMART, VAT, FreeLB, Noise, TokenAware
 from fgm_trainer.attacks import ATTACKS
-from fgm_trainer.epsilon import EpsilonCurve, choose_batches, find_epsilon, suggest
-from fgm_trainer.inspection import mean_embedding_norm
+from fgm_trainer.perturbation.lookups import mean_embedding_norm
+from fgm_trainer.robustness.epsilon import EpsilonCurve, choose_batches, find_epsilon, suggest
 
 GRID = (0.05, 0.2, 0.8)
 

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from fgm_trainer import PGD, AdversarialTrainer, AdversarialTrainingArguments
+from fgm_trainer.perturbation.forward_pass import PerturbedForward
 
 
 def tiny_bert(**settings):
@@ -205,64 +206,47 @@ def test_auto_find_batch_size_recovers_from_out_of_memory_in_the_second_pass(tmp
     assert fresh.state.global_step == 4
 
 
-def poison(model, value, rows):
+def poison(monkeypatch, value, rows):
     """Makes the gradient that arrives at the embeddings `value` in the given rows, in the clean pass of each step."""
-    calls = []
+    calls, meet = [], PerturbedForward.perturb
 
-    def on_output(module, args, output):
+    def set_rows(gradient):
+        gradient = gradient.clone()
+        gradient[rows] = value
+        return gradient
+
+    def on_output(self, *args):
         calls.append(0)
+        output = meet(self, *args).clone()
         if len(calls) % 2 == 1:
-
-            def set_rows(gradient):
-                gradient = gradient.clone()
-                gradient[rows] = value
-                return gradient
-
-            output = output.clone()
             output.register_hook(set_rows)
         return output
 
-    # Runs after the target's own hook, so that the leaf receives what is set here and the weight does too.
-    return lambda: model.bert.embeddings.word_embeddings.register_forward_hook(on_output)
+    monkeypatch.setattr(PerturbedForward, "perturb", on_output)
 
 
 @pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
-def test_a_gradient_that_is_not_finite_at_padding_alone_is_no_skipped_step(tmp_path, scope):
+def test_a_gradient_that_is_not_finite_at_padding_alone_is_no_skipped_step(tmp_path, monkeypatch, scope):
     model = tiny_bert()
     model.bert.embeddings.word_embeddings.requires_grad_(False)
-    register = poison(model, float("nan"), (slice(None), slice(-1, None)))
+    poison(monkeypatch, float("nan"), (slice(None), slice(-1, None)))
     data = [row | {"attention_mask": [1] * (len(row["input_ids"]) - 1) + [0]} for row in examples()]
     trainer = AdversarialTrainer(model=model, args=flags(tmp_path, max_steps=1, adv_scope=scope), train_dataset=data)
-    trainer._attached = attached_and(trainer, register)
     trainer.train()
     line = next(h for h in trainer.state.log_history if "adv_loss" in h)
     assert line["adv_skipped"] == 0
     assert line["adv_delta_norm"] > 0
 
 
-def attached_and(trainer, register):
-    attached = trainer._attached
-
-    def attach_then_register(*args):
-        fresh = trainer._place is None
-        place = attached(*args)
-        if fresh:
-            register()
-        return place
-
-    return attach_then_register
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
-def test_a_non_finite_gradient_gives_no_perturbation_in_its_unit_and_is_counted(tmp_path, value, scope):
+def test_a_non_finite_gradient_gives_no_perturbation_in_its_unit_and_is_counted(tmp_path, monkeypatch, value, scope):
     model = tiny_bert()
     model.bert.embeddings.word_embeddings.requires_grad_(False)
-    register = poison(model, value, slice(0, 1))
+    poison(monkeypatch, value, slice(0, 1))
     trainer = AdversarialTrainer(
         model=model, args=flags(tmp_path, max_steps=1, adv_scope=scope), train_dataset=examples()
     )
-    trainer._attached = attached_and(trainer, register)
     trainer.train()
     line = next(h for h in trainer.state.log_history if "adv_loss" in h)
     assert line["adv_skipped"] == 1

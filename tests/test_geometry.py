@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fgm_trainer.geometry import NORMS, SCOPES, Units, ascent, length, project, sample, shared_entries
+from fgm_trainer.perturbation.geometry import NORMS, SCOPES, Units, ascent, length, project, sample, shared_entries
 
 VOCABULARY = 7
 many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -29,9 +29,9 @@ class Case:
         self.tokens = draw(0, 4, (rows, positions)) > 0 if masked else None
         self.mask = torch.ones(rows, positions, dtype=torch.bool) if self.tokens is None else self.tokens
         self.values = torch.randn(rows, positions, dimension, generator=generator, dtype=torch.float64).to(dtype)
-        blank = None if self.tokens is None else ~self.tokens
-        entries = shared_entries(self.ids, blank, VOCABULARY) if scope == "vocabulary" else None
-        self.units = Units(scope, blank, entries)
+        padding = None if self.tokens is None else ~self.tokens
+        entries = shared_entries(self.ids, padding, VOCABULARY) if scope == "vocabulary" else None
+        self.units = Units(scope, padding, entries)
 
     def table(self, values):
         """Scope vocabulary: the (V, D) gradient of the lookup's weight."""

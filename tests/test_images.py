@@ -17,10 +17,11 @@ from torch import nn
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification, default_data_collator, set_seed
 
 from fgm_trainer import FGSM, PGD, AdversarialTrainer, Noise
-from fgm_trainer.clipping import valid_range
-from fgm_trainer.raw import Adversary
+from fgm_trainer.loops import Adversary
+from fgm_trainer.perturbation.clipping import valid_range
+from fgm_trainer.perturbation.forward_pass import PerturbedForward, StepCalls
+from fgm_trainer.perturbation.targets import InputTensor
 from fgm_trainer.robustness import evaluate_robustness
-from fgm_trainer.targets import InputTensor
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -372,10 +373,12 @@ def test_rounding_does_not_leave_the_range(dtype):
     delta = 5 * torch.randn(value.shape, generator=draw).sign()
     bound = torch.where(delta > 0, high.to(dtype), low.to(dtype))
     assert outside([value + (bound - value)], low, high) > 100, "rounding matters here"
-    place = InputTensor("pixel_values")
-    place.clip = (low, high)
-    with place.record(delta, gradient=True) as seen:
-        moved = seen.meet(value)
+    calls = StepCalls(clip=(low, high))
+    for given in (None, delta):
+        seen = PerturbedForward(calls, given, gradient=True)
+        with seen.loss_of({"pixel_values": value}):
+            moved = seen.perturb(torch.nn.Identity() if given is None else next(iter(calls.layout))[0], value)
+        seen.end()
     assert outside([moved], low, high) == 0
     assert (moved - bound).abs().max() <= 2 * torch.finfo(dtype).eps
     (gradient,) = torch.autograd.grad(moved.sum(), seen.leaves)

@@ -11,7 +11,7 @@ from models import CLASSES, AdversarialInOrder, StockInOrder, batches, distance,
 from transformers import TrainerCallback
 
 from fgm_trainer import FGM, PGD, PartialFGM
-from fgm_trainer.geometry import SCOPES
+from fgm_trainer.perturbation.geometry import SCOPES
 from fgm_trainer.robustness import evaluate_robustness
 
 TOLERANCE = 1e-9

@@ -20,26 +20,24 @@ from transformers import (
 
 from fgm_trainer import FGM, AdversarialTrainer, AdversarialTrainerMixin
 from fgm_trainer.attacks import ATTACKS
-from fgm_trainer.microbatch import MicroBatch
-from fgm_trainer.raw import Adversary
-from fgm_trainer.schedule import in_steps
-from fgm_trainer.targets import EmbeddingOutput
+from fgm_trainer.engine.schedule import in_steps
+from fgm_trainer.loops import Adversary
+from fgm_trainer.perturbation.forward_pass import PerturbedForward
+from fgm_trainer.perturbation.targets import EmbeddingOutput
 
 
-def moved(trainer):
-    """Lets the trainer's target keep every perturbation that it adds, with the call's mask."""
-    kept = []
-    trainer._attached(trainer.model)
-    place = trainer._place
-    meet = place._meet
+@pytest.fixture
+def moved(monkeypatch):
+    """Every perturbation that a target adds, with the call's mask."""
+    kept, meet = [], PerturbedForward.perturb
 
-    def keep(seen, value, ids=None, vocabulary_size=0):
-        result = meet(seen, value, ids, vocabulary_size)
-        if seen._delta is not None:
-            kept.append(((result - value).detach(), seen.mask))
+    def keep(self, module, value, *rest):
+        result = meet(self, module, value, *rest)
+        if self._delta is not None:
+            kept.append(((result - value).detach(), self.masks[-1] if self.masks else None))
         return result
 
-    place._meet = keep
+    monkeypatch.setattr(PerturbedForward, "perturb", keep)
     return kept
 
 
@@ -60,29 +58,17 @@ class TwoTowers(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.encoder.classifier(one * other), labels)}
 
 
-def test_every_tower_keeps_its_own_mask(tmp_path, monkeypatch):
+def test_every_tower_keeps_its_own_mask(tmp_path, moved):
     data = []
     for first, second in zip(examples(8), examples(8)[::-1], strict=True):
         data.append({**first, "input_ids_2": second["input_ids"].flip(0), "attention_mask_2": second["attention_mask"]})
     args = flags(tmp_path, adv_scope="token", max_steps=2)
-    trainer = AdversarialTrainer(model=TwoTowers(), args=args, train_dataset=data)
-    trainer.train()
-    args.adv_scope = "token"
-    kept = []
-    run_passes = MicroBatch.run
-
-    def watched(batch, step):
-        if not kept:
-            kept.extend([moved(trainer)])
-        return run_passes(batch, step)
-
-    monkeypatch.setattr(MicroBatch, "run", watched)
-    trainer.train()
-    assert len(kept[0]) == 4
-    for delta, mask in kept[0]:
+    AdversarialTrainer(model=TwoTowers(), args=args, train_dataset=data).train()
+    assert len(moved) == 4
+    for delta, mask in moved:
         assert torch.equal(delta.norm(dim=-1) > 0, mask.bool())
         assert delta.norm(dim=-1)[mask.bool()].numpy() == pytest.approx(1.0)
-    assert not torch.equal(kept[0][0][1], kept[0][1][1])
+    assert not torch.equal(moved[0][1], moved[1][1])
 
 
 def xlnet():
@@ -157,7 +143,7 @@ def test_a_teacher_without_gradient_inside_compute_loss(tmp_path):
     assert trainer.state.log_history[0]["adv_delta_norm"] > 0
 
 
-def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path, monkeypatch):
+def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path, moved):
     class RDrop(AdversarialTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             return super().compute_loss(model, {k: torch.cat([v, v]) for k, v in inputs.items()}, return_outputs)
@@ -167,16 +153,8 @@ def test_r_drop_by_doubling_the_batch_keeps_the_mask(tmp_path, monkeypatch):
     model.config.pad_token_id = int(data[0]["input_ids"][0])  # a real token: padding may end a sentence, too
     args = flags(tmp_path, adv_scope="token", max_steps=1)
     trainer = RDrop(model=model, args=args, train_dataset=data)
-    kept = []
-    run_passes = MicroBatch.run
-
-    def watched(batch, step):
-        kept.append(moved(trainer))
-        return run_passes(batch, step)
-
-    monkeypatch.setattr(MicroBatch, "run", watched)
     trainer.train()
-    delta, mask = kept[0][0]
+    delta, mask = moved[0]
     assert len(delta) == 8
     assert torch.equal(delta.norm(dim=-1) > 0, mask.bool())
 
@@ -236,17 +214,18 @@ def test_a_lookup_by_its_path_in_a_model_that_names_no_input_embedding(tmp_path)
     class Bag(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words = nn.Embedding(50, 8)
+            self.words, self.places = nn.Embedding(50, 8), nn.Embedding(8, 8)
             self.head = nn.Linear(8, 2)
 
         def forward(self, input_ids, attention_mask, labels):
-            logits = self.head((self.words(input_ids) * attention_mask.unsqueeze(-1)).mean(1))
+            embedded = self.words(input_ids) + self.places.weight
+            logits = self.head((embedded * attention_mask.unsqueeze(-1)).mean(1))
             return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     settings = {"adv_target": "words", "adv_scope": "vocabulary", "max_steps": 2}
     trainer, _ = run(AdversarialTrainer, tmp_path, Bag(), settings=settings)
     assert trainer.state.log_history[0]["adv_delta_norm"] > 0
-    with pytest.raises(ValueError, match="has no token lookup"):
+    with pytest.raises(ValueError, match=r"has no token lookup .* words \(50 x 8\), places \(8 x 8\)\. Name it by"):
         run(AdversarialTrainer, tmp_path, Bag())
 
 
@@ -301,22 +280,12 @@ class CalledTwice(nn.Module):
         ("grid", "layer", "example"),
     ],
 )
-def test_a_target_that_is_called_twice_in_other_shapes_than_usual(shape, place, scope):
+def test_a_target_that_is_called_twice_in_other_shapes_than_usual(moved, shape, place, scope):
     model = CalledTwice(shape)
     ids = torch.arange(1, 33).view(4, 8)
     adversary = Adversary(model, FGM(epsilon=0.5, scope=scope), target=place)
-    steps = []
-    meet = adversary._place._meet
-
-    def keep(seen, value, *rest):
-        result = meet(seen, value, *rest)
-        if seen._delta is not None:
-            steps.append((result - value).detach())
-        return result
-
-    adversary._place._meet = keep
     adversary.backward({"input_ids": ids, "labels": torch.tensor([0, 1, 2, 3])})
-    first, second = steps
+    first, second = steps = [delta for delta, _ in moved]
     assert first.shape[0] == {"packed": 32, "rows": 4, "grid": 4}[shape]
     assert second.shape[0] == {"packed": 12, "rows": 4, "grid": 4}[shape]
     if scope == "vocabulary":

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from fgm_trainer import AWP, FGM, PGD, AdversarialTrainer
 from fgm_trainer.attacks import ATTACKS, Attack
-from fgm_trainer.passes import Pass
-from fgm_trainer.raw import Adversary
+from fgm_trainer.loops import Adversary
+from fgm_trainer.perturbation.forward_pass import PerturbedForward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast.*:FutureWarning")  # accelerate 1.1's name
 
@@ -35,15 +35,15 @@ def _state_of_accelerate():
 @pytest.fixture
 def added(monkeypatch):
     """Every perturbation that a target adds, in order."""
-    kept, meet = [], Pass.meet
+    kept, meet = [], PerturbedForward.perturb
 
     def keep(self, *args):
         result = meet(self, *args)
-        if self._delta is not None and not self.forward_done:
-            kept.append(self.leaves[-1].detach().clone())
+        if self._delta is not None and not self.in_backward():
+            kept.append(self.calls[-1].delta.clone())
         return result
 
-    monkeypatch.setattr(Pass, "meet", keep)
+    monkeypatch.setattr(PerturbedForward, "perturb", keep)
     return kept
 
 

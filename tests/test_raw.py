@@ -1,4 +1,4 @@
-"""`raw.FGM` against the snippet that circulates, and `raw.Adversary` against the trainer."""
+"""`loops.FGM` against the snippet that circulates, and `loops.Adversary` against the trainer."""
 
 import re
 
@@ -8,7 +8,7 @@ import torch
 from models import AdversarialInOrder, batches, distance, padded_data, tiny, train, weights
 from torch import nn
 
-from fgm_trainer import FGM, PGD, raw
+from fgm_trainer import FGM, PGD, loops
 
 TOLERANCE = 1e-12
 
@@ -63,7 +63,7 @@ def sgd(model):
 def test_equals_the_snippet(name, attack):
     ours, theirs = tiny(name).train(), tiny(name).train()
     data = batches(padded_data(ours), 4)
-    fgm, snippet = raw.FGM(ours), Snippet(theirs)
+    fgm, snippet = loops.FGM(ours), Snippet(theirs)
     first, second = sgd(ours), sgd(theirs)
     for batch in data:
         mine = step(ours, first, [batch], fgm, **attack)
@@ -78,7 +78,7 @@ def test_equals_the_reference_where_the_snippet_does_nothing(name):
     ours, theirs = tiny(name).train(), tiny(name)
     data = batches(padded_data(ours), 4)
     assert not any("word_embeddings" in parameter for parameter, _ in ours.named_parameters())
-    fgm, optimizer = raw.FGM(ours), sgd(ours)
+    fgm, optimizer = loops.FGM(ours), sgd(ours)
     for batch in data:
         step(ours, optimizer, [batch], fgm)
     reference.train(theirs, data, "vocabulary", epsilon=1.0)
@@ -92,8 +92,8 @@ def test_accumulation():
     alone = []
     for batch in parts:
         model = tiny("bert").train()
-        alone += step(model, sgd(model), [batch], raw.FGM(model))
-    mine = step(ours, sgd(ours), parts, raw.FGM(ours))
+        alone += step(model, sgd(model), [batch], loops.FGM(model))
+    mine = step(ours, sgd(ours), parts, loops.FGM(ours))
     snippets = step(theirs, sgd(theirs), parts, Snippet(theirs))
     for own, single in zip(mine, alone, strict=True):
         assert (own - single).abs().max() < TOLERANCE
@@ -108,7 +108,7 @@ def test_accumulation():
 def test_gradients_that_were_there_before_count_for_nothing():
     model = tiny("bert").train()
     first, second = batches(padded_data(model, size=8), 4)
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     weight = model.get_input_embeddings().weight
     model(**first).loss.backward()
     model(**second).loss.backward()
@@ -126,7 +126,7 @@ def test_one_backward_over_two_forwards():
     """The loss is the sum of two forward passes (R-Drop, contrastive pairs): both count."""
     model = tiny("bert").train()
     first, second = batches(padded_data(model, size=8), 4)
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     weight = model.get_input_embeddings().weight
     (model(**first).loss + model(**second).loss).backward()
     expected = weight.grad / weight.grad.norm()
@@ -143,7 +143,7 @@ def test_restore_is_bit_exact(dtype):
     weight = model.get_input_embeddings().weight
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     data = batches(padded_data(model, size=8), 4)
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     address = weight.data_ptr()
     drifting = weight.detach().clone()
     for number in range(100):
@@ -164,7 +164,7 @@ def test_only_rows_that_were_looked_up_move():
     model = tiny("bert").train()
     batch = batches(padded_data(model, size=2), 2)[0]
     weight = model.get_input_embeddings().weight
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     model(**batch).loss.backward()
     before = weight.detach().clone()
     fgm.attack()
@@ -195,7 +195,7 @@ def test_padding_row_stays_even_where_padding_reaches_the_loss():
 
     model = Bag().double()
     ids = torch.tensor([[1, 2, 0], [3, 0, 0]])
-    fgm, weight = raw.FGM(model), model.word_embeddings.weight
+    fgm, weight = loops.FGM(model), model.word_embeddings.weight
     model(ids).backward()
     before = weight.detach().clone()
     expected = weight.grad / weight.grad.norm()
@@ -212,7 +212,7 @@ def test_frozen_embedding():
     data = batches(padded_data(free), 4)
     deltas = []
     for model in (frozen, free):
-        fgm, optimizer = raw.FGM(model), sgd(model)
+        fgm, optimizer = loops.FGM(model), sgd(model)
         start = model.get_input_embeddings().weight.detach().clone()
         deltas.append(step(model, optimizer, data[:1], fgm)[0])
         fgm.close()
@@ -230,7 +230,7 @@ def test_context_manager_restores_whatever_happens(error):
     model = tiny("bert").train()
     batch = batches(padded_data(model, size=4), 4)[0]
     weight = model.get_input_embeddings().weight
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     before = weight.detach().clone()
     model(**batch).loss.backward()
 
@@ -257,7 +257,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     model = tiny("bert").train()
     batch = batches(padded_data(model, size=4), 4)[0]
     weight = model.get_input_embeddings().weight
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     before = weight.detach().clone()
     for bad in (float("inf"), float("nan")):
         (bad * model(**batch).loss).backward()
@@ -269,7 +269,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
 def test_misuse():
     model = tiny("bert").train()
     batch = batches(padded_data(model, size=4), 4)[0]
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     without_backward = re.escape(
         "attack() needs a backward pass through the token lookup first: make FGM(model) before the forward pass, and "
         "call loss.backward() before attack()."
@@ -304,7 +304,7 @@ def test_misuse():
 def test_wrong_names(emb_name, found):
     model = tiny("bert").train()
     batch = batches(padded_data(model, size=4), 4)[0]
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     model(**batch).loss.backward()
     before = weights(model)
     message = (
@@ -326,21 +326,21 @@ def test_tied_head_is_refused():
     config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=8, bos_token_id=1, eos_token_id=2)
     message = (
         "The input embedding's weight is tied to lm_head: moving it in place would move that too. "
-        "Use fgm_trainer.raw.Adversary or AdversarialTrainer, which perturb the lookup alone."
+        "Use fgm_trainer.loops.Adversary or AdversarialTrainer, which perturb the lookup alone."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        raw.FGM(GPT2LMHeadModel(config))
+        loops.FGM(GPT2LMHeadModel(config))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_encoder_decoders_with_tied_heads_are_refused(name):
     with pytest.raises(ValueError, match=r"weight is tied to .*lm_head"):
-        raw.FGM(tiny(name))
+        loops.FGM(tiny(name))
 
 
 def test_a_model_without_a_lookup():
     with pytest.raises(ValueError, match=r"Linear has no token lookup at get_input_embeddings\(\)"):
-        raw.FGM(nn.Linear(2, 2))
+        loops.FGM(nn.Linear(2, 2))
 
 
 def hooks(model):
@@ -351,7 +351,7 @@ def test_close():
     model = tiny("bert").train()
     batch = batches(padded_data(model, size=4), 4)[0]
     before, bare = weights(model), hooks(model)
-    fgm = raw.FGM(model)
+    fgm = loops.FGM(model)
     assert hooks(model) != bare
     model(**batch).loss.backward()
     fgm.attack()
@@ -403,7 +403,7 @@ def test_adversary_equals_the_trainer(case, name):
     loop, trained, scaled = tiny(name).train(), tiny(name), tiny(name).train()
     data = padded_data(loop)
     trainer = train(trained, data, trainer=AdversarialInOrder, **flags)
-    optimizer, adversary = sgd(loop), raw.Adversary(loop, attack)
+    optimizer, adversary = sgd(loop), loops.Adversary(loop, attack)
     losses = []
     for batch in batches(data, 4):
         losses.append(adversary.backward(batch).item())
@@ -415,7 +415,7 @@ def test_adversary_equals_the_trainer(case, name):
     assert losses == pytest.approx(logged, abs=1e-3)
     accelerator = Counting()
     optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1 / 1024)
-    adversary = raw.Adversary(scaled, attack, accelerator=accelerator)
+    adversary = loops.Adversary(scaled, attack, accelerator=accelerator)
     for batch in batches(data, 4):
         adversary.backward(batch)
         optimizer.step()
@@ -437,7 +437,7 @@ def test_adversary_with_accelerate():
     data = batches(padded_data(loop), 4)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, optimizer = accelerator.prepare(loop, sgd(loop))
-    adversary = raw.Adversary(model, FGM(epsilon=1.0), accelerator=accelerator)
+    adversary = loops.Adversary(model, FGM(epsilon=1.0), accelerator=accelerator)
     for batch in data:
         with accelerator.accumulate(model):
             adversary.backward(batch)
@@ -450,7 +450,7 @@ def test_adversary_with_accelerate():
 def test_adversary_with_a_loss_of_your_own_and_another_epsilon():
     loop, theirs = tiny("bert").train(), tiny("bert")
     data = batches(padded_data(loop), 4)
-    optimizer, adversary = sgd(loop), raw.Adversary(loop, FGM(epsilon=5.0, scope="example"))
+    optimizer, adversary = sgd(loop), loops.Adversary(loop, FGM(epsilon=5.0, scope="example"))
 
     def summed(outputs, labels):
         return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
@@ -479,7 +479,7 @@ def test_adversary_after_an_exception():
     batch = batches(padded_data(model, size=4), 4)[0]
     before, bare = weights(model), hooks(model)
     accelerator = Counting()
-    adversary = raw.Adversary(model, FGM(), accelerator=accelerator)
+    adversary = loops.Adversary(model, FGM(), accelerator=accelerator)
     calls = []
 
     def loss_of(model, batch):
@@ -502,11 +502,11 @@ def test_adversary_refuses():
     with pytest.raises(
         ValueError, match=r"adv_target='bert.encoder.layers.0': .* has no such module. Near names: bert"
     ):
-        raw.Adversary(model, FGM(), target="bert.encoder.layers.0")
+        loops.Adversary(model, FGM(), target="bert.encoder.layers.0")
     message = r"adv_scope 'vocabulary' does not exist at adv_target .*; choose one of: example, token\."
     with pytest.raises(ValueError, match=message):
-        raw.Adversary(model, FGM(scope="vocabulary"), target="bert.encoder.layer.0")
+        loops.Adversary(model, FGM(scope="vocabulary"), target="bert.encoder.layer.0")
     batch = batches(padded_data(model, size=4), 4)[0]
     embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
     with pytest.raises(RuntimeError, match="The batch holds `inputs_embeds` and no `input_ids`"):
-        raw.Adversary(model, FGM()).backward({**batch, "inputs_embeds": embeds})
+        loops.Adversary(model, FGM()).backward({**batch, "inputs_embeds": embeds})

@@ -37,7 +37,7 @@ def test_the_attack_of_contributing_trains(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     monkeypatch.setattr(base, "ATTACKS", ATTACKS | {})
     exec(block, {"__name__": "example"})
-    attack = base.ATTACKS["two_looks"](epsilon=0.5, scope="example")
+    attack = base.ATTACKS["two_gradients"](epsilon=0.5, scope="example")
     args = flags(tmp_path, TrainingArguments, max_steps=1)
     trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), attack=attack)
     trainer.train()

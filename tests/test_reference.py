@@ -19,7 +19,7 @@ from models import (
 from torch import nn
 from transformers import TrainerCallback
 
-from fgm_trainer.geometry import NORMS, SCOPES
+from fgm_trainer.perturbation.geometry import NORMS, SCOPES
 
 TOLERANCE = 1e-9
 EPSILON = {"vocabulary": 1.0, "example": 1.0, "token": 0.3}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..geometry import Segments
-from .base import Attack, Passes, Step, Train, register
+from ..perturbation.geometry import Segments
+from .base import Attack, Passes, Step, TrainPass, register
 
 
 @register("awp")
@@ -40,7 +40,7 @@ class AWP(Attack):
     lengths: ClassVar[tuple[str, ...]] = ()
 
     def passes(self, step: Step) -> Passes:
-        clean = yield Train()
+        clean = yield TrainPass()
         if not isinstance(clean.units, Segments) or clean.units.lengths is None:
             raise ValueError("awp perturbs weights: leave adv_target out, or write adv_target='weights'.")
-        return Train(self.step(clean, step.epsilon) * clean.units.spread(clean.units.lengths))
+        return TrainPass(self.step(clean, step.epsilon) * clean.units.spread(clean.units.lengths))

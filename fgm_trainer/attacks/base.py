@@ -1,6 +1,6 @@
 """An attack as a coroutine, and the driver that runs it.
 
-An attack yields a request where it wants the gradient, is sent an `Answer`, and returns the last request to train
+An attack yields a request where it wants the gradient, is sent an `PassResult`, and returns the last request to train
 on. It knows nothing of Trainer, accelerate or mixed precision: whoever owns the loop supplies `train` and `look`.
 """
 
@@ -14,14 +14,14 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from .. import geometry
-from ..geometry import NORMS, SCOPES, Units
-from ..objective import Against, Outputs
-from ..passes import Draw
+from ..perturbation import geometry
+from ..perturbation.divergence import Against, Outputs
+from ..perturbation.forward_pass import Draw
+from ..perturbation.geometry import NORMS, SCOPES, Units
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainPass:
     """A full pass at this perturbation (None: the clean inputs) whose weight gradients add up.
 
     Args:
@@ -40,11 +40,11 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Look:
+class GradientPass:
     """A pass for the gradient with respect to the perturbation alone: no weight gradients, a third cheaper.
 
     Args:
-        delta, masks: as for `Train`.
+        delta, masks: as for `TrainPass`.
         against: where given, the gradient is that of these divergences and not of the task's loss.
         label: where given, the gradient is that of the loss with this label in place of the true one.
         rows: where given, the examples of the micro-batch that are run, (chosen,); everything here and in the answer is
@@ -59,11 +59,11 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Glance:
+class ForwardPass:
     """A forward pass for its outputs alone: no gradient.
 
     Args:
-        delta, masks, rows: as for `Look`.
+        delta, masks, rows: as for `GradientPass`.
         weights: by name, what to use in place of the model's weights.
     """
 
@@ -73,16 +73,16 @@ class Glance:
     rows: Tensor | None = None
 
 
-Request = Train | Look | Glance
+Request = TrainPass | GradientPass | ForwardPass
 
 
 @dataclass(frozen=True)
-class Answer:
+class PassResult:
     """What a pass gives back.
 
     Args:
         gradient: d(loss)/d(delta) of this micro-batch alone, (rows, positions, dimension), in float32 at least; zero
-            after a `Glance`, and where there is no token.
+            after a `ForwardPass`, and where there is no token.
         units: the units over which norms are taken.
         loss: the loss of the pass, or its divergence where it had no loss; unweighted, detached.
         applied: the perturbation as it was applied: drawn, clipped; None for the clean inputs.
@@ -105,7 +105,7 @@ class Answer:
         return self.gradient.new_zeros(()).expand_as(self.gradient)
 
 
-Passes = Generator[Request, Answer, Train]
+Passes = Generator[Request, PassResult, TrainPass]
 
 
 class Memory(Protocol):
@@ -141,7 +141,7 @@ class Step:
 class Trains(Protocol):
     """Runs a training pass. The answer of the last one is not read and may be None."""
 
-    def __call__(self, request: Train, last: bool) -> Answer | None: ...
+    def __call__(self, request: TrainPass, last: bool) -> PassResult | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +167,8 @@ class Attack:
     targeted: int | str | None = None
 
     name: ClassVar[str] = ""
-    # What a method is by itself: its target and scope where none is asked for; whether it asks for `Look` or `Glance`;
-    # whether it compares outputs; whether its direction depends on labels; which settings are lengths.
+    # What a method is by itself: its target and scope where none is asked for; whether it asks for passes that train
+    # nothing; whether it compares outputs; whether its direction depends on labels; which settings are lengths.
     default_target: ClassVar[str] = "word_embeddings"
     default_scope: ClassVar[str] = "vocabulary"
     looks: ClassVar[bool] = False
@@ -213,7 +213,7 @@ class Attack:
 
     @property
     def reads_outputs(self) -> bool:
-        """Whether an `Answer` must hold the model's outputs."""
+        """Whether an `PassResult` must hold the model's outputs."""
         return self.compares or self.targeted == "least_likely"
 
     @property
@@ -236,9 +236,9 @@ class Attack:
         given = {name: getattr(self, name) for name in self.lengths}
         return replace(self, **{name: value * unit for name, value in given.items() if value is not None})
 
-    def step(self, answer: Answer, size: float) -> Tensor:
+    def step(self, answer: PassResult, size: float) -> Tensor:
         """The perturbation of length `size` along the gradient (`geometry.ascent`)."""
-        return size * geometry.along(answer.gradient, self.norm, answer.units)
+        return size * geometry.steepest_ascent(answer.gradient, self.norm, answer.units)
 
     def settings(self) -> dict[str, Any]:
         """The settings by name, the method's name first: for logs and model cards."""
@@ -267,16 +267,16 @@ class Iterated(Attack):
         return found
 
 
-def run(attack: Attack, step: Step, train: Trains, look: Callable[[Look | Glance], Answer]) -> None:
+def run(attack: Attack, step: Step, train: Trains, look: Callable[[GradientPass | ForwardPass], PassResult]) -> None:
     """Runs the passes of one step.
 
     `train(request, last)` and `look(request)` do the work; the attack's weights are multiplied in here, and a training
-    pass that is measured by nothing becomes a `Look`, which costs less. `last` is true for the pass after which
+    pass that is measured by nothing becomes a `GradientPass`, which costs less. `last` is true for the pass after which
     gradients are complete. Where the attack is targeted, every gradient that it is sent leads towards the label.
     """
 
-    def ask(request: Request) -> Answer:
-        if not isinstance(request, Train):
+    def ask(request: Request) -> PassResult:
+        if not isinstance(request, TrainPass):
             return look(request)
         answer = train(request, False)
         assert answer is not None
@@ -293,36 +293,36 @@ def run(attack: Attack, step: Step, train: Trains, look: Callable[[Look | Glance
         last = _weighted(stop.value, attack)
     finally:
         passes.close()
-    assert isinstance(last, Train)
+    assert isinstance(last, TrainPass)
     train(last, True)
 
 
 class _Towards:
     """Asks for a pass, and turns the gradient around: towards a label in place of away from the true one."""
 
-    def __init__(self, label: int | str, ask: Callable[[Request], Answer]) -> None:
+    def __init__(self, label: int | str, ask: Callable[[Request], PassResult]) -> None:
         self._label: Tensor | int | str = label
         self._ask = ask
 
-    def __call__(self, request: Request) -> Answer:
-        if isinstance(request, Glance):
+    def __call__(self, request: Request) -> PassResult:
+        if isinstance(request, ForwardPass):
             return self._ask(request)
-        answer = self._ask(request) if isinstance(request, Train) else None
-        rows = None if isinstance(request, Train) else request.rows
+        answer = self._ask(request) if isinstance(request, TrainPass) else None
+        rows = None if isinstance(request, TrainPass) else request.rows
         if self._label == "least_likely":
-            met = answer or self._ask(Glance(request.delta, masks=request.masks, rows=rows))
-            self._label = met.outputs[0].argmin(-1)
+            first = answer or self._ask(ForwardPass(request.delta, masks=request.masks, rows=rows))
+            self._label = first.outputs[0].argmin(-1)
         delta = request.delta if answer is None else answer.delta
-        towards = self._ask(Look(delta, masks=request.masks, label=self._label, rows=rows))
+        towards = self._ask(GradientPass(delta, masks=request.masks, label=self._label, rows=rows))
         return replace(answer or towards, gradient=-towards.gradient)
 
 
 def _weighted(request: Request, attack: Attack) -> Request:
-    if not isinstance(request, Train):
+    if not isinstance(request, TrainPass):
         return request
     weight = request.weight * (attack.clean_weight if request.delta is None else attack.weight)
     if weight == 0 and not request.against:
-        return Look(request.delta, masks=request.masks, rows=request.rows)
+        return GradientPass(request.delta, masks=request.masks, rows=request.rows)
     if weight == request.weight and not request.against:
         return request
     against = tuple(replace(a, weight=a.weight * attack.weight) for a in request.against)
@@ -363,3 +363,7 @@ def own_settings(attack: type[Attack]) -> dict[str, Any]:
     """The settings that a method adds to `Attack`'s, with their defaults."""
     common = {f.name for f in fields(Attack)}
     return {f.name: None if f.default is MISSING else f.default for f in fields(attack) if f.name not in common}
+
+
+# Their names in 0.1.
+Train, Look, Glance, Answer = TrainPass, GradientPass, ForwardPass, PassResult

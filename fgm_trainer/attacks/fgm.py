@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Attack, Passes, Step, Train, register
+from .base import Attack, Passes, Step, TrainPass, register
 
 
 @register("fgm")
@@ -27,5 +27,5 @@ class FGM(Attack):
     """
 
     def passes(self, step: Step) -> Passes:
-        clean = yield Train()
-        return Train(self.step(clean, step.epsilon))
+        clean = yield TrainPass()
+        return TrainPass(self.step(clean, step.epsilon))

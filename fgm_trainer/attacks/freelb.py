@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..geometry import project, uniform
-from ..passes import Met
-from .base import Iterated, Passes, Step, Train, register
+from ..perturbation.forward_pass import TargetCall
+from ..perturbation.geometry import project, uniform
+from .base import Iterated, Passes, Step, TrainPass, register
 
 
 @register("freelb")
@@ -60,16 +60,16 @@ class FreeLB(Iterated):
         size = step.epsilon / 2 if self.step_size is None else self.step_size
         init = step.epsilon if self.init is None else self.init
 
-        def start(met: Met) -> Tensor:
-            noise = uniform(met.value, met.units, step.seed + met.call)
-            noise = noise * (init / met.units.count(noise).clamp(min=1).sqrt())
-            return project(noise, step.epsilon, self.norm, met.units)
+        def start(at: TargetCall) -> Tensor:
+            noise = uniform(at.value, at.units, step.seed + at.call)
+            noise = noise * (init / at.units.count(noise).clamp(min=1).sqrt())
+            return project(noise, step.epsilon, self.norm, at.units)
 
         if self.clean:
-            yield Train()
-        request = Train(start, weight=1 / self.steps, masks="path")
+            yield TrainPass()
+        request = TrainPass(start, weight=1 / self.steps, masks="path")
         for _ in range(self.steps - 1):
             answer = yield request
             delta = project(answer.delta + self.step(answer, size), step.epsilon, self.norm, answer.units)
-            request = Train(delta, weight=1 / self.steps, masks="path")
+            request = TrainPass(delta, weight=1 / self.steps, masks="path")
         return request

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ..geometry import sample
-from .base import Attack, Passes, Step, Train, register
+from ..perturbation.geometry import sample
+from .base import Attack, Passes, Step, TrainPass, register
 
 
 @register("noise")
@@ -28,5 +28,5 @@ class Noise(Attack):
     labelled: ClassVar[bool] = False
 
     def passes(self, step: Step) -> Passes:
-        clean = yield Train()
-        return Train(step.epsilon * sample(clean.gradient, self.norm, clean.units, step.seed))
+        clean = yield TrainPass()
+        return TrainPass(step.epsilon * sample(clean.gradient, self.norm, clean.units, step.seed))

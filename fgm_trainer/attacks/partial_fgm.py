@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from .base import Attack, Look, Passes, Step, Train, register
+from .base import Attack, GradientPass, Passes, Step, TrainPass, register
 
 
 @register("partial_fgm")
@@ -55,5 +55,5 @@ class PartialFGM(Attack):
         # Rounded up or down by chance, so that small batches have the share as well.
         count = max(1, int(step.examples * self.share + draw.random()))
         chosen = torch.tensor(draw.sample(range(step.examples), count))
-        part = yield Look(rows=chosen)
-        return Train(self.step(part, step.epsilon), rows=chosen)
+        part = yield GradientPass(rows=chosen)
+        return TrainPass(self.step(part, step.epsilon), rows=chosen)

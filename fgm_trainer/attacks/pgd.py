@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..geometry import project, sample
-from .base import Answer, Iterated, Look, Passes, Step, Train, register
+from ..perturbation.geometry import project, sample
+from .base import GradientPass, Iterated, Passes, PassResult, Step, TrainPass, register
 
 
 @register("pgd")
@@ -41,12 +41,14 @@ class PGD(Iterated):
 
     def passes(self, step: Step) -> Passes:
         size = 2.5 * step.epsilon / self.steps if self.step_size is None else self.step_size
-        answer = yield Train()
+        answer = yield TrainPass()
         if self.random_start:
-            answer = yield Look(0.5 * step.epsilon * sample(answer.gradient, self.norm, answer.units, step.seed))
+            answer = yield GradientPass(
+                0.5 * step.epsilon * sample(answer.gradient, self.norm, answer.units, step.seed)
+            )
         for _ in range(self.steps - 1):
-            answer = yield Look(self._moved(answer, size, step.epsilon))
-        return Train(self._moved(answer, size, step.epsilon))
+            answer = yield GradientPass(self._moved(answer, size, step.epsilon))
+        return TrainPass(self._moved(answer, size, step.epsilon))
 
-    def _moved(self, answer: Answer, size: float, epsilon: float) -> Tensor:
+    def _moved(self, answer: PassResult, size: float, epsilon: float) -> Tensor:
         return project(answer.delta + self.step(answer, size), epsilon, self.norm, answer.units)

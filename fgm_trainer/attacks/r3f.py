@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..geometry import project, uniform
-from ..objective import Against
-from .base import Attack, Glance, Passes, Step, Train, register
+from ..perturbation.divergence import Against
+from ..perturbation.geometry import project, uniform
+from .base import Attack, ForwardPass, Passes, Step, TrainPass, register
 
 
 @register("r3f")
@@ -40,8 +40,8 @@ class R3F(Attack):
     labelled: ClassVar[bool] = False
 
     def passes(self, step: Step) -> Passes:
-        clean = yield Glance(masks="clean")
+        clean = yield ForwardPass(masks="clean")
         noise = step.epsilon * uniform(clean.gradient, clean.units, step.seed)
         noise = project(noise, step.epsilon, self.norm, clean.units)
-        noisy = yield Train(noise, weight=0.0, against=(Against(clean.outputs),), masks="noisy")
-        return Train(against=(Against(noisy.outputs),), masks="clean")
+        noisy = yield TrainPass(noise, weight=0.0, against=(Against(clean.outputs),), masks="noisy")
+        return TrainPass(against=(Against(noisy.outputs),), masks="clean")

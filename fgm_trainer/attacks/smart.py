@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..geometry import gaussian, project
-from ..objective import Against
-from .base import Glance, Iterated, Look, Memory, Passes, Step, Train, register
+from ..perturbation.divergence import Against
+from ..perturbation.geometry import gaussian, project
+from .base import ForwardPass, GradientPass, Iterated, Memory, Passes, Step, TrainPass, register
 
 
 @register("smart")
@@ -83,19 +83,19 @@ class SMART(Iterated):
         return self.step(answer, epsilon if self.step_size is None else self.step_size)
 
     def passes(self, step: Step) -> Passes:
-        clean = yield Glance(masks="clean")
+        clean = yield ForwardPass(masks="clean")
         apart = (Against(clean.outputs, self.divergence),)
         noise = self.sigma * gaussian(clean.gradient, clean.units, step.seed)
         delta = project(noise, step.epsilon, self.norm, clean.units)
         for _ in range(self.steps):
-            answer = yield Look(delta, against=apart)
+            answer = yield GradientPass(delta, against=apart)
             delta = project(delta + self.ascent(answer, step.epsilon), step.epsilon, self.norm, answer.units)
-        noisy = yield Train(delta, weight=0.0, against=apart, masks="noisy")
+        noisy = yield TrainPass(delta, weight=0.0, against=apart, masks="noisy")
         terms = [Against(noisy.outputs, self.divergence)]
         if self.bregman and step.memory is not None:
-            before = yield Glance(weights=step.memory.weights)
+            before = yield ForwardPass(weights=step.memory.weights)
             terms.append(Against(before.outputs, self.divergence, self.bregman / self.weight))
-        return Train(against=tuple(terms), masks="clean")
+        return TrainPass(against=tuple(terms), masks="clean")
 
 
 class RunningMean:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..geometry import Units, ascent, project, uniform
-from ..passes import Met
-from .base import Answer, Iterated, Memory, Passes, Step, Train, register
+from ..perturbation.forward_pass import TargetCall
+from ..perturbation.geometry import Units, ascent, project, uniform
+from .base import Iterated, Memory, Passes, PassResult, Step, TrainPass, register
 
 
 @register("token_aware")
@@ -74,37 +74,37 @@ class TokenAware(Iterated):
         table = step.memory or Table(step.seed, init)
         assert isinstance(table, Table)
 
-        def instance(met: Met) -> Tensor:
-            noise = uniform(met.value, met.units, step.seed + met.call)
-            noise = noise * (init / met.units.count(noise).clamp(min=1).sqrt())
-            return project(noise, step.epsilon, self.norm, met.units)
+        def instance(at: TargetCall) -> Tensor:
+            noise = uniform(at.value, at.units, step.seed + at.call)
+            noise = noise * (init / at.units.count(noise).clamp(min=1).sqrt())
+            return project(noise, step.epsilon, self.norm, at.units)
 
-        def start(met: Met) -> Tensor:
-            if met.ids is None:
+        def start(at: TargetCall) -> Tensor:
+            if at.ids is None:
                 raise ValueError(
                     "token_aware remembers a perturbation for each token: adv_target must be a token lookup."
                 )
-            return instance(met) + remembered(met.ids, met.vocabulary_size, met.value, met.units)
+            return instance(at) + remembered(at.ids, at.vocabulary_size, at.value, at.units)
 
         def remembered(ids: Tensor, size: int, like: Tensor, units: Units) -> Tensor:
             return project(units.share(table.read(ids, size, like)), step.epsilon, self.norm, units)
 
-        answer = yield Train(start, weight=1 / self.steps)
+        answer = yield TrainPass(start, weight=1 / self.steps)
         assert answer.ids is not None
         eta = remembered(answer.ids, 0, answer.gradient, answer.units)
         delta = answer.delta - eta
         for number in range(self.steps - 1):
             if number:
-                answer = yield Train(delta + eta, weight=1 / self.steps)
+                answer = yield TrainPass(delta + eta, weight=1 / self.steps)
             eta = project(self._renewed(eta, answer, size), step.epsilon, self.norm, answer.units)
             delta = project(delta + self.step(answer, size), step.epsilon, self.norm, answer.units)
         assert answer.ids is not None
-        table.keep(answer.ids, eta, answer.units.blank)
-        return Train(delta + eta, weight=1 / self.steps)
+        table.keep(answer.ids, eta, answer.units.padding)
+        return TrainPass(delta + eta, weight=1 / self.steps)
 
-    def _renewed(self, eta: Tensor, answer: Answer, size: float) -> Tensor:
+    def _renewed(self, eta: Tensor, answer: PassResult, size: float) -> Tensor:
         """Eta after a step of its own; a token's share is its length over that of the longest in the example."""
-        along = ascent(answer.units.pool(answer.gradient), self.norm, Units("token", answer.units.blank))
+        along = ascent(answer.units.pool(answer.gradient), self.norm, Units("token", answer.units.padding))
         eta = eta + size * along
         lengths: Tensor = torch.linalg.vector_norm(eta, dim=-1, keepdim=True)
         # In scope `vocabulary` the micro-batch is what an example is elsewhere: an entry has one perturbation in it.
@@ -131,13 +131,13 @@ class Table:
         self._rows = self._rows.to(torch.promote_types(like.dtype, self._rows.dtype))
         return self._rows[ids]
 
-    def keep(self, ids: Tensor, values: Tensor, blank: Tensor | None) -> None:
+    def keep(self, ids: Tensor, values: Tensor, padding: Tensor | None) -> None:
         """Adds what a micro-batch has found to the optimizer step's sums."""
         assert self._rows is not None
         if self._sums is None or self._counts is None:
             self._sums, self._counts = torch.zeros_like(self._rows), self._rows.new_zeros(len(self._rows))
         flat = ids.flatten()
-        there = values.new_ones(len(flat)) if blank is None else (~blank).flatten().to(values)
+        there = values.new_ones(len(flat)) if padding is None else (~padding).flatten().to(values)
         self._sums.index_add_(0, flat, (values.flatten(0, -2) * there[:, None]).to(self._sums))
         self._counts.index_add_(0, flat, there.to(self._counts))
 

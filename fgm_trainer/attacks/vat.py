@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..geometry import sample
-from ..objective import Against
-from .base import Attack, Look, Passes, Step, Train, register
+from ..perturbation.divergence import Against
+from ..perturbation.geometry import sample
+from .base import Attack, GradientPass, Passes, Step, TrainPass, register
 
 
 @register("vat")
@@ -27,7 +27,8 @@ class VAT(Attack):
 
     Limits: near zero the divergence is quadratic, so its gradient is of the size of xi: in bfloat16 take xi near
     epsilon, or the direction is rounding. All passes of a step share their dropout masks, or the divergence would be
-    that of two masks. A row whose label is -100 is trained on its divergence alone.
+    that of two masks. A row whose one label is -100 is trained on its divergence alone; where each position has a
+    label, those of -100 do not count.
 
     Citation: T. Miyato, S. Maeda, M. Koyama, S. Ishii, "Virtual Adversarial Training: A Regularization Method for
     Supervised and Semi-Supervised Learning", TPAMI 2018, arXiv 1704.03976.
@@ -56,10 +57,10 @@ class VAT(Attack):
 
     def passes(self, step: Step) -> Passes:
         xi = step.epsilon / 10 if self.xi is None else self.xi
-        clean = yield Train(masks="one")
+        clean = yield TrainPass(masks="one")
         moved = (Against(clean.outputs, "kl"),)
         direction = sample(clean.gradient, self.norm, clean.units, step.seed)
         for _ in range(self.iterations):
-            answer = yield Look(xi * direction, against=moved, masks="one")
+            answer = yield GradientPass(xi * direction, against=moved, masks="one")
             direction = self.step(answer, 1.0)
-        return Train(step.epsilon * direction, weight=0.0, against=moved, masks="one")
+        return TrainPass(step.epsilon * direction, weight=0.0, against=moved, masks="one")

@@ -3,62 +3,64 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
 
 import transformers
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from torch import nn
+from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .driving import refuse_spread_weights
-from .inspection import input_embedding, is_compiled
-from .target import Target
-from .targets import find_target
-
-if TYPE_CHECKING:
-    from .trainer import AdversarialTrainerMixin
+from .attacks import Attack
+from .engine.accelerate import Engine
+from .perturbation.lookups import input_embedding, is_compiled
+from .perturbation.target import Target
+from .perturbation.targets import find_target
 
 _STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 _STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
 
 
-def refuse(trainer: AdversarialTrainerMixin) -> None:
-    """Raises ValueError, one message with every problem of model, arguments and engine."""
-    problems = [*_of_the_model(trainer), *_of_the_arguments(trainer), *_of_the_engine(trainer)]
+def refuse(trainer: Trainer, model: nn.Module | None, attack: Attack, target: str | Target, epsilon_unit: str) -> None:
+    """Raises ValueError, one message with every problem of model, arguments and engine.
+
+    Args:
+        trainer: the trainer.
+        model: its model inside every wrapper; None where it makes one later.
+        attack: what it shall be trained with.
+        target: what is perturbed, as `adv_target`.
+        epsilon_unit: one of `EPSILON_UNITS`.
+    """
+    problems = [*_of_the_arguments(trainer, attack, target), *_of_the_engine(trainer)]
+    if model is not None:
+        problems = [*_of_the_model(model, attack, target, epsilon_unit), *problems]
+        if attack.needs_whole_weights or target == "weights":
+            problems += _raised_by(lambda: Engine(trainer.accelerator, model, model).refuse_spread_weights(attack.name))
     if problems:
         raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
 
 
-def _of_the_model(trainer: AdversarialTrainerMixin) -> Iterator[str]:
-    if trainer.model is None:
-        return
-    attack, inner = trainer.attack, trainer._inner(trainer.model)
-    if not isinstance(trainer._target, Target):
-        try:
-            find_target(trainer._target, inner).settle(attack.scope, attack.default_scope)
-        except ValueError as error:
-            yield str(error)
-    if trainer._epsilon_unit == "embedding":
-        try:
-            input_embedding(inner)
-        except ValueError as error:
-            yield str(error)
-    classes, label = getattr(getattr(inner, "config", None), "num_labels", None), attack.targeted
-    classifies = "Classification" in type(inner).__name__
+def _of_the_model(model: nn.Module, attack: Attack, target: str | Target, epsilon_unit: str) -> Iterator[str]:
+    if not isinstance(target, Target):
+        yield from _raised_by(lambda: find_target(target, model).resolve_scope(attack.scope, attack.default_scope))
+    if epsilon_unit == "embedding":
+        yield from _raised_by(lambda: input_embedding(model))
+    classes, label = getattr(getattr(model, "config", None), "num_labels", None), attack.targeted
+    classifies = "Classification" in type(model).__name__
     if classifies and isinstance(label, int) and isinstance(classes, int) and label >= classes:
         yield f"adv_targeted={label} is no class of the model, which has {classes}."
-    if label == "least_likely" and type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if label == "least_likely" and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         yield (
             "adv_targeted='least_likely' is for classification: a language model predicts the next position's "
             "label. Name a column of the data that holds the targets."
         )
 
 
-def _of_the_arguments(trainer: AdversarialTrainerMixin) -> Iterator[str]:
-    args, attack = trainer.args, trainer.attack
+def _of_the_arguments(trainer: Trainer, attack: Attack, target: str | Target) -> Iterator[str]:
+    args = trainer.args
     compiled = args.torch_compile or (trainer.model is not None and is_compiled(trainer.model))
-    if trainer._target == "weights" and compiled:
+    if target == "weights" and compiled:
         yield "adv_target='weights' can't be compiled: leave torch_compile out."
     optimizer = str(getattr(args.optim, "value", args.optim))
     given = type(trainer.optimizer).__name__ if trainer.optimizer is not None else ""
@@ -80,12 +82,7 @@ def _of_the_arguments(trainer: AdversarialTrainerMixin) -> Iterator[str]:
         )
 
 
-def _of_the_engine(trainer: AdversarialTrainerMixin) -> Iterator[str]:
-    if trainer.model is not None:
-        try:
-            refuse_spread_weights(trainer.attack, trainer._target, trainer._inner(trainer.model), trainer.accelerator)
-        except ValueError as error:
-            yield str(error)
+def _of_the_engine(trainer: Trainer) -> Iterator[str]:
     if trainer.args.n_gpu > 1:
         yield (
             f"torch.nn.DataParallel over {trainer.args.n_gpu} GPUs is not supported: its replicas carry no hooks' "
@@ -104,6 +101,14 @@ def _of_the_engine(trainer: AdversarialTrainerMixin) -> Iterator[str]:
             "With DeepSpeed this release of accelerate steps the optimizer in every backward pass, the clean one "
             "too. Install accelerate 1.8 or newer."
         )
+
+
+def _raised_by(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _reentrant_by_default() -> bool:

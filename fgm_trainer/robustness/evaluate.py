@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
-from .attacks import FGM, PGD, Answer, Attack, Glance, Look, Noise, Step, Train, run
-from .driving import answer_look, chosen_in, rows_of, unit_of
-from .passes import Pass
-from .target import Target
-from .targets import find_target
+from ..attacks import FGM, PGD, Attack, Noise, Step
+from ..engine.accelerate import Engine
+from ..engine.driver import Driver, RunningPass, unit_of
+from ..perturbation.batches import rows_of, without_column
+from ..perturbation.target import Target
+from ..perturbation.targets import find_target
 
 ATTACKS_TO_TRY: tuple[Attack, ...] = (Noise(), FGM(), PGD(steps=10))
 EPSILONS = (0.1, 0.2, 0.4)
@@ -94,7 +98,7 @@ def evaluate_robustness(
     Args:
         model: a classifier, (examples, classes) logits, or a regression model, one number an example; with labels
             in the batch it must return a loss.
-        dataset: examples for `collate_fn`, with `labels`.
+        dataset: examples for `collate_fn`, with `labels`; any iterable, of which each example is taken once.
         attacks: the attacks; each one's own epsilon is replaced by the grid's.
         epsilons: 0 or more, any order.
         target: what is perturbed, as `adv_target`; None for the input token lookup.
@@ -120,8 +124,9 @@ def evaluate_robustness(
     clean: list[_Outcome] = []
     labels: list[Tensor] = []
     with evaluating(model, place, clip):
-        batches = list(_batches(dataset, batch_size, collate_fn))
-        for number, batch in enumerate(bar(batches, progress, "robustness")):
+        batches = _batches(dataset, batch_size, collate_fn)
+        total = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
+        for number, batch in enumerate(bar(batches, progress, "robustness", total)):
             batch = on_device(batch, model)
             inputs = {name: value for name, value in batch.items() if name not in {a.targeted for a in attacks}}
             outcome = _judge(_logits(model, inputs), batch["labels"])
@@ -132,6 +137,8 @@ def evaluate_robustness(
                 for i, epsilon in enumerate(grid):
                     now = _attacked(model, place, batch, attack.in_units(unit), epsilon * unit, now, seed + number)
                     scores[name][i].append(now)
+    if not clean:
+        raise ValueError("Robustness can't be evaluated: the data set is empty.")
     return _report(clean, scores, torch.cat(labels), grid)
 
 
@@ -143,9 +150,9 @@ def _attacked(
     if not len(standing) or epsilon == 0:
         return now
     part = rows_of(batch, standing, len(now.right))
-    scope = place.settle(attack.scope, "example")
-    _, outputs, _ = under_attack(model, place, part, attack, Step(epsilon, seed, examples=len(standing)), scope)
-    after = _judge(_checked(outputs, part["labels"]), part["labels"])
+    scope = place.resolve_scope(attack.scope, "example")
+    last = under_attack(model, place, part, attack, Step(epsilon, seed, examples=len(standing)), scope)
+    after = _judge(_checked(last.outputs, part["labels"]), part["labels"])
     worse = after.error > now.error[standing]
     right, error, prediction = now.right.clone(), now.error.clone(), now.prediction.clone()
     right[standing] = after.right
@@ -162,7 +169,7 @@ def under_attack(
     step: Step,
     scope: str,
     loss_of: LossOf | None = None,
-) -> tuple[Tensor, Any, Pass]:
+) -> RunningPass:
     """The last perturbed pass that the attack would train on.
 
     Args:
@@ -175,27 +182,17 @@ def under_attack(
         loss_of: (model, inputs) -> (loss, outputs); None for the model's own loss.
 
     Returns:
-        Loss, outputs, and what the pass met. No gradient is left anywhere.
+        That pass: what it reported as its loss, its outputs, and the calls of its target. No gradient is left anywhere.
     """
-    found: list[tuple[Tensor, Any, Pass]] = []
-    inputs = {name: value for name, value in batch.items() if name != attack.targeted}
 
-    def look_(request: Look | Glance) -> Answer:
-        return answer_look(request, attack, place, scope, model, inputs, batch, loss_of or model_loss)
-
-    def train(request: Train, last: bool) -> Answer | None:
-        answer = None if last else look_(Look(request.delta))
-        if request.delta is not None:
-            delta = request.delta if answer is None else answer.delta
-            chosen = chosen_in(inputs, request)
-            with place.record(delta, gradient=False, scope=scope, chosen=chosen) as seen, torch.no_grad():
-                found[:] = [(*(loss_of or model_loss)(model, inputs), seen)]
-                place.forward_ended(seen, inputs)
-        return answer
+    def run_pass(running: RunningPass, called: nn.Module, inputs: Any) -> Tensor:
+        loss, _ = running.measure(lambda own: (loss_of or model_loss)(called, own), inputs)
+        running.backward(loss, Tensor.backward)
+        return loss.detach()
 
     plain = replace(attack, weight=1.0) if attack.clean_weight else replace(attack, weight=1.0, clean_weight=1.0)
-    run(plain, step, train, look_)
-    return found[0]
+    driver = Driver(plain, place, scope, Engine(None, model, model), trains=False)
+    return driver.run(step, without_column(batch, attack.targeted), run_pass, batch)[-1]
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -220,7 +217,7 @@ def _checked(outputs: Any, labels: Tensor) -> Tensor:
             "Robustness is measured for one label an example: logits (examples, classes) and labels (examples,); found "
             f"logits {shape} and labels {tuple(labels.shape)}."
         )
-    return logits
+    return logits.detach()
 
 
 def _judge(logits: Tensor, labels: Tensor) -> _Outcome:
@@ -267,7 +264,7 @@ def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack], dataset: A
     problems += [f"{a.name} perturbs {a.default_target}, not inputs." for a in attacks if a.default_target == "weights"]
     if bad or not epsilons:
         problems.append(f"epsilons must be finite numbers, 0 or more, at least one; found {epsilons!r}.")
-    if not len(dataset):
+    if isinstance(dataset, Sized) and not len(dataset):
         problems.append("the data set is empty.")
     if problems:
         raise ValueError("Robustness can't be evaluated: " + " ".join(problems))
@@ -286,20 +283,26 @@ def _names(attacks: Sequence[Attack]) -> list[str]:
 def _batches(dataset: Any, size: int, collate_fn: Any) -> Iterator[Mapping[str, Any]]:
     if collate_fn is None:
         from transformers import default_data_collator as collate_fn
-    for start in range(0, len(dataset), size):
-        batch = collate_fn([dataset[i] for i in range(start, min(start + size, len(dataset)))])
+    examples = iter(dataset) if _is_stream(dataset) else (dataset[i] for i in range(len(dataset)))
+    while chunk := list(islice(examples, size)):
+        batch = collate_fn(chunk)
         if "labels" not in batch:
             raise ValueError(f"Robustness needs `labels` in every batch; found {', '.join(batch)}.")
         yield batch
 
 
-def bar(items: Sequence[Any], progress: bool, label: str) -> Any:
+def _is_stream(dataset: Any) -> bool:
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return isinstance(dataset, IterableDataset) or not indexed
+
+
+def bar(items: Iterable[Any], progress: bool, label: str, total: int | None = None) -> Any:
     """The items, under a progress bar where one is wanted."""
     if not progress:
         return items
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=label)
+    return tqdm(items, desc=label, total=total)
 
 
 def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -312,7 +315,8 @@ def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 def evaluating(model: nn.Module, place: Target, clip: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
     """Eval mode, hooks and a valid range; every module's own mode, no hooks and the target's own range afterwards."""
     modes = [(m, m.training) for m in model.modules()]
-    attached, own = place.model is model, place.clip
+    before, called, own = place.model, place.called, place.clip
+    attached = before is model
     try:
         place.clip = own if clip is None else clip
         model.eval()
@@ -323,5 +327,7 @@ def evaluating(model: nn.Module, place: Target, clip: tuple[Tensor, Tensor] | No
         place.clip = own
         if not attached:
             place.detach()
+            if before is not None:
+                place.attach(before, called)
         for module, mode in modes:
             module.training = mode

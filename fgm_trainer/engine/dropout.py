@@ -30,24 +30,33 @@ class Masks:
         if name in self._starts:
             return self._again(name)
         if name:
-            self._starts[name] = self._state()
+            self._starts[name] = _state(self._device)
         return _AS_THEY_COME
 
     @contextmanager
     def _again(self, name: str) -> Iterator[None]:
-        now = self._state()
-        self._set(self._starts[name])
-        try:
+        with random_state_kept(self._device):
+            _set(self._device, self._starts[name])
             yield
-        finally:
-            self._set(now)
 
-    def _state(self) -> State:
-        own = torch.get_device_module(self._device) if self._device.type != "cpu" else None
-        return torch.get_rng_state(), own.get_rng_state(self._device) if own else None
 
-    def _set(self, state: State) -> None:
-        cpu, own = state
-        torch.set_rng_state(cpu)
-        if own is not None:
-            torch.get_device_module(self._device).set_rng_state(own, self._device)
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Inside, random numbers may be drawn; afterwards they go on as if none had been."""
+    now = _state(device)
+    try:
+        yield
+    finally:
+        _set(device, now)
+
+
+def _state(device: torch.device) -> State:
+    own = torch.get_device_module(device) if device.type != "cpu" else None
+    return torch.get_rng_state(), own.get_rng_state(device) if own else None
+
+
+def _set(device: torch.device, state: State) -> None:
+    cpu, own = state
+    torch.set_rng_state(cpu)
+    if own is not None:
+        torch.get_device_module(device).set_rng_state(own, device)

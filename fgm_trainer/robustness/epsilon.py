@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import Attack, Step
-from .driving import examples_in, unit_of
-from .objective import logits_of
+from ..attacks import Attack, Step
+from ..engine.driver import unit_of
+from ..perturbation.batches import examples_in
+from ..perturbation.divergence import logits_of
+from ..perturbation.target import Target
+from ..perturbation.targets import find_target
+from ..perturbation.weights import Weights
+from .evaluate import LossOf, bar, evaluating, model_loss, on_device, under_attack
 from .plotting import plot_epsilon
-from .robustness import LossOf, bar, evaluating, model_loss, on_device, under_attack
-from .target import Target
-from .targets import find_target
-from .weights import Weights
 
 POINTS, DECADES = 20, 4
 Batch = Mapping[str, Any]
@@ -113,7 +114,7 @@ def find_epsilon(
     place = target if isinstance(target, Target) else find_target(target or attack.default_target, model)
     if isinstance(place, Weights):
         raise ValueError(f"find_epsilon is for perturbations of inputs; {attack.name} on {place} perturbs weights.")
-    scope = place.settle(attack.scope, attack.default_scope)
+    scope = place.resolve_scope(attack.scope, attack.default_scope)
     unit = unit_of(epsilon_unit, model)
     loss_of = loss_of or model_loss
     with evaluating(model, place, clip), _own_randomness(seed):
@@ -232,8 +233,9 @@ def _attacked(
     model: nn.Module, place: Target, batch: Batch, attack: Attack, seed: int, scope: str, loss_of: LossOf
 ) -> _Point:
     step = Step(attack.epsilon, seed, examples=examples_in(batch))
-    loss, outputs, seen = under_attack(model, place, batch, attack, step, scope, loss_of)
-    return _Point(loss.item(), _accuracy(outputs, batch), seen.row_norms()[1].mean().item(), _size(batch))
+    last = under_attack(model, place, batch, attack, step, scope, loss_of)
+    length = last.forward_pass.row_norms()[1].mean().item()
+    return _Point(last.reported.item(), _accuracy(last.outputs, batch), length, _size(batch))
 
 
 def _mean(points: list[_Point]) -> _Point:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .robustness import RobustnessReport
-
-if TYPE_CHECKING:
-    from .epsilon import EpsilonCurve
+from .evaluate import RobustnessReport
 
 
 def plot_robustness(reports: Mapping[str, RobustnessReport], path: str | Path | None = None, title: str = "") -> Any:
@@ -46,11 +43,11 @@ def plot_robustness(reports: Mapping[str, RobustnessReport], path: str | Path | 
     return figure
 
 
-def plot_epsilon(curve: EpsilonCurve, path: str | Path | None = None, title: str = "") -> Any:
+def plot_epsilon(curve: Any, path: str | Path | None = None, title: str = "") -> Any:
     """Loss, and accuracy where there is one, over the logarithm of epsilon, and the suggestion.
 
     Args:
-        curve: the curve.
+        curve: an `EpsilonCurve`.
         path: where to write the picture; None to write none.
         title: above the picture.
 

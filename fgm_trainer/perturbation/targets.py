@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from .batches import INPUT_TENSORS
+from .forward_pass import PerturbedForward
 from .geometry import SCOPES
-from .inspection import (
+from .lookups import (
     encoder_of,
     find_module,
     find_modules,
@@ -18,7 +22,7 @@ from .inspection import (
     shared_lookups,
     vocabulary_size_of,
 )
-from .target import Target, outside_graphs
+from .target import Site, Target
 from .weights import Weights
 
 
@@ -52,10 +56,10 @@ class EmbeddingOutput(Target):
             )
         return super().unreached(batch) + " Name the module that looks the tokens up, as adv_target='path.to.module'."
 
-    def _register(self, model: nn.Module) -> list[Any]:
+    def _find(self, model: nn.Module) -> list[Site]:
+        encoder, tokens = None, True
         if self.module is not None:
             lookups = [find_module(model, self.module)]
-            handles = []
             tokens = _looks_tokens_up(model, lookups[0])
         else:
             encoder = encoder_of(model)
@@ -63,34 +67,26 @@ class EmbeddingOutput(Target):
             if encoder is not None and not lookups:
                 # Not tied: the encoder has a lookup of its own.
                 lookups = [input_embedding(encoder)]
-            handles = [] if encoder is None else self._register_encoder(encoder)
-            tokens = True
         # Position and type ids look up as well, and their 0 is no padding.
         self._padding_id = padding_id_of(model) if tokens else None
-        self.can_wait = all(isinstance(m, nn.Embedding) and not _is_sharded(m.weight) for m in lookups)
-        hook = outside_graphs(self._on_lookup)
-        handles += self._watch_masks(model, lookups)
-        return handles + [m.register_forward_hook(hook, with_kwargs=True) for m in lookups]
+        self._inside_encoder = encoder is None
+        around = [] if encoder is None else [Site(encoder, True, self._enter), Site(encoder, False, self._leave)]
+        return [*around, *self._masks_around(model, lookups), *(Site(m, False, self._on_lookup) for m in lookups)]
 
-    def _register_encoder(self, encoder: nn.Module) -> list[Any]:
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._inside_encoder = True
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._inside_encoder = False
 
-        def enter(module: nn.Module, args: Any) -> None:
-            self._inside_encoder = True
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._inside_encoder = False
-
-        return [
-            encoder.register_forward_pre_hook(enter),
-            encoder.register_forward_hook(leave, always_call=True),
-        ]
-
     def _on_lookup(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        if self._pass is None or not self._inside_encoder:
+        if self._pass is None or not self._inside_encoder or output is None:
             return None
         ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
-        return self._meet(self._pass, output, ids, vocabulary_size_of(module))
+        if ids.shape != output.shape[:-1]:
+            # A bag of words: its output is of no one token.
+            return self._perturb(module, output)
+        return self._perturb(module, output, ids, vocabulary_size_of(module))
 
 
 class ModuleOutput(Target):
@@ -108,21 +104,21 @@ class ModuleOutput(Target):
     def __str__(self) -> str:
         return f"'{self.module}' (a module's output)"
 
-    def _register(self, model: nn.Module) -> list[Any]:
+    def _find(self, model: nn.Module) -> list[Site]:
         modules = find_modules(model, self.module)
-        handles = self._watch_masks(model, modules)
-        return handles + [m.register_forward_hook(outside_graphs(self._on_output)) for m in modules]
+        self.expected = set(modules)
+        return [*self._masks_around(model, modules), *(Site(m, False, self._on_output) for m in modules)]
 
-    def _on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._pass is None:
+    def _on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._pass is None or output is None:
             return None
         if isinstance(output, Tensor):
-            return self._meet(self._pass, output)
+            return self._perturb(module, output)
         if isinstance(output, tuple) and isinstance(output[0], Tensor):
-            return (self._meet(self._pass, output[0]), *output[1:])
+            return (self._perturb(module, output[0]), *output[1:])
         if isinstance(output, Mapping):
             name = next(k for k, v in output.items() if isinstance(v, Tensor))
-            output[name] = self._meet(self._pass, output[name])  # type: ignore[index]  # a ModelOutput
+            output[name] = self._perturb(module, output[name])  # type: ignore[index]  # a ModelOutput
             return output
         raise TypeError(
             f"adv_target {self.module!r} returns {type(output).__name__}, in which there is no tensor first. "
@@ -134,27 +130,48 @@ class InputTensor(Target):
     """An input of the model, by its name: `inputs_embeds`, `pixel_values`, `input_values`.
 
     Args:
-        name: the keyword under which the model's forward takes it.
+        name: the argument under which the model's forward takes it.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self._may_ask: list[Any] = []
+        self._askers: list[Any] = []
 
     def __str__(self) -> str:
         return f"'{self.name}' (an input tensor)"
 
-    def _register(self, model: nn.Module) -> list[Any]:
-        hook = outside_graphs(self._on_call)
-        return [*self._watch_masks(model, [model]), model.register_forward_pre_hook(hook, with_kwargs=True)]
+    def _find(self, model: nn.Module) -> list[Site]:
+        # Wav2Vec2's kind asks its input for gradients, which only a tensor without a history can be asked for. The
+        # perturbation asks already.
+        self._may_ask = [m for m in model.modules() if isinstance(vars(m).get("_requires_grad"), bool)]
+        places = list(inspect.signature(model.forward).parameters)
+        place = places.index(self.name) if self.name in places else len(places)
+        call = functools.partial(self._on_call, place)
+        return [*self._masks_around(model, [model]), Site(model, True, call)]
 
-    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._pass is None or kwargs.get(self.name) is None:
+    def _begin(self, forward_pass: PerturbedForward) -> None:
+        super()._begin(forward_pass)
+        # Now, since it may be frozen between two steps.
+        self._askers = [m for m in self._may_ask if m._requires_grad]
+        for module in self._askers:
+            module._requires_grad = False
+
+    def _end(self, forward_pass: PerturbedForward) -> None:
+        super()._end(forward_pass)
+        for module in self._askers:
+            module._requires_grad = True
+        self._askers = []
+
+    def _on_call(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._pass is None:
             return None
-        return args, {**kwargs, self.name: self._pass.meet(kwargs[self.name])}
-
-
-INPUT_TENSORS = ("inputs_embeds", "pixel_values", "input_values", "input_features")
+        if isinstance(kwargs.get(self.name), Tensor):
+            return args, {**kwargs, self.name: self._pass.perturb(module, kwargs[self.name])}
+        if place < len(args) and isinstance(args[place], Tensor):
+            return (*args[:place], self._pass.perturb(module, args[place]), *args[place + 1 :]), kwargs
+        return None
 
 
 def find_target(name: str, model: nn.Module) -> Target:
@@ -185,7 +202,3 @@ def _looks_tokens_up(model: nn.Module, lookup: nn.Module) -> bool:
     except ValueError:
         # The model does not name its input embedding; whoever named this one may mean it.
         return True
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    return hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")

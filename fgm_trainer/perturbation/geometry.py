@@ -22,21 +22,24 @@ NORMS = ("l2", "linf", "max", "none")
 class Units:
     """The units of one micro-batch: the sets of entries over which one norm is taken.
 
-    - `example`: one unit a row (Miyato et al. 2017, FreeLB).
+    - `example`: one unit a row (Miyato et al. 2017, FreeLB), or the rows of one example where it has several.
     - `token`: one unit a position.
     - `vocabulary`: the whole micro-batch is one unit, in which every vocabulary entry counts once
       however often it occurs: the geometry of the weight of the lookup itself.
 
     Args:
         scope: one of `SCOPES`.
-        blank: bool, (rows, positions), true where there is no token; None where there is one everywhere.
+        padding: bool, (rows, positions), true where there is no token; None where there is one everywhere.
         entries: int64, (rows, positions): a flat position that stands for the vocabulary entry held
             here, the same for all positions that hold it; from `shared_entries`. Scope `vocabulary` only.
+        examples: int64, (rows,): to which example each row belongs, where an example has several (choices, chunks,
+            patches); None for one row an example. Scope `example` only.
     """
 
     scope: str
-    blank: Tensor | None = None
+    padding: Tensor | None = None
     entries: Tensor | None = None
+    examples: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
@@ -44,12 +47,17 @@ class Units:
         if self.scope == "vocabulary" and self.entries is None:
             raise ValueError("scope 'vocabulary' needs `entries`: it exists for token lookups only; write 'example'.")
 
+    @property
+    def blank(self) -> Tensor | None:
+        """The name of `padding` in 0.1."""
+        return self.padding
+
     def pool(self, gradient: Tensor) -> Tensor:
         """The gradient of each position's unit member, (rows, positions, dimension), zero where there is no token.
 
         In scope `vocabulary` a member is a vocabulary entry: its gradient is the sum over the positions that hold it.
         """
-        return self.everywhere(self.members(self.only_tokens(widen(gradient))))
+        return self.broadcast(self.members(self.only_tokens(widen(gradient))))
 
     def members(self, gradient: Tensor) -> Tensor:
         """As `pool`, but each member once: at the position that stands for it, zero at the others.
@@ -62,7 +70,7 @@ class Units:
         flat = gradient.flatten(0, -2)
         return torch.zeros_like(flat).index_add_(0, self.entries.flatten(), flat).view_as(gradient)
 
-    def everywhere(self, members: Tensor) -> Tensor:
+    def broadcast(self, members: Tensor) -> Tensor:
         """What each member has, at all positions that hold it."""
         if self.entries is None:
             return members
@@ -70,7 +78,7 @@ class Units:
 
     def share(self, values: Tensor) -> Tensor:
         """`values` with one value a unit member: all positions that hold a vocabulary entry get the same."""
-        return self.only_tokens(self.everywhere(widen(values)))
+        return self.only_tokens(self.broadcast(widen(values)))
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest absolute value of each unit, in a shape that broadcasts against `values`; NaN stays NaN."""
@@ -83,12 +91,13 @@ class Units:
     def count(self, values: Tensor) -> Tensor:
         """The number of entries of each unit, every member counted once, in a shape that broadcasts."""
         ones = torch.ones_like(widen(values))
-        return self.only_tokens(self.once(ones)).sum(dim=self._dims(values), keepdim=True)
+        counts = self.only_tokens(self.once(ones)).sum(dim=self._dims(values), keepdim=True)
+        return counts if self.examples is None else self._over_examples(counts, 1.0)
 
     def only_tokens(self, values: Tensor) -> Tensor:
         """`values`, zero where there is no token."""
         # Filled, not multiplied: inf * 0 is NaN.
-        return values if self.blank is None else values.masked_fill(self.blank.unsqueeze(-1), 0.0)
+        return values if self.padding is None else values.masked_fill(self.padding.unsqueeze(-1), 0.0)
 
     def once(self, values: Tensor) -> Tensor:
         """`values`, in scope `vocabulary` each member once: at the position that stands for it, zero at the others."""
@@ -100,7 +109,12 @@ class Units:
     def norms(self, values: Tensor, order: float) -> Tensor:
         """The norm of all entries of each unit, in a shape that broadcasts against `values`."""
         norm: Tensor = torch.linalg.vector_norm(values, order, dim=self._dims(values), keepdim=True)
-        return norm
+        return norm if self.examples is None else self._over_examples(norm, order)
+
+    def _over_examples(self, norms: Tensor, order: float) -> Tensor:
+        """The norm of each row's example, given that of each row; order 1 adds up."""
+        assert self.examples is not None
+        return by_example(norms, self.examples, order).index_select(0, self.examples)
 
     def _dims(self, values: Tensor) -> tuple[int, ...]:
         first = {"vocabulary": 0, "example": 1, "token": values.dim() - 1}[self.scope]
@@ -134,7 +148,7 @@ class Segments(Units):
         return self.spread(torch.stack([torch.linalg.vector_norm(v, order) for v in values.split(self.sizes)]))
 
 
-def shared_entries(ids: Tensor, blank: Tensor | None, size: int) -> Tensor:
+def shared_entries(ids: Tensor, padding: Tensor | None, size: int) -> Tensor:
     """For every position a flat position that holds the same id, the same one for all of them.
 
     No (V, D) temporary: V integers map an id to one of its positions. Positions without a token keep apart
@@ -142,13 +156,13 @@ def shared_entries(ids: Tensor, blank: Tensor | None, size: int) -> Tensor:
 
     Args:
         ids: int64, (rows, positions).
-        blank: bool, (rows, positions), true where there is no token; or None.
+        padding: bool, (rows, positions), true where there is no token; or None.
         size: V, more than the largest id.
     """
     own = _positions(ids)
     flat = ids.flatten().long()
-    if blank is not None:
-        flat = flat.masked_fill(blank.flatten(), size)
+    if padding is not None:
+        flat = flat.masked_fill(padding.flatten(), size)
     # Several writes to one place: any of them may win, and all who read it see the same winner.
     holder = own.new_empty(size + 1).scatter_(0, flat, own)
     return holder.gather(0, flat).view_as(ids)
@@ -171,12 +185,12 @@ def ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
     Returns:
         A tensor of the gradient's shape, in float32 at least, zero where there is no token.
     """
-    return along(units.only_tokens(widen(gradient)), norm, units)
+    return steepest_ascent(units.only_tokens(widen(gradient)), norm, units)
 
 
-def along(gradient: Tensor, norm: str, units: Units) -> Tensor:
+def steepest_ascent(gradient: Tensor, norm: str, units: Units) -> Tensor:
     """`ascent` of a gradient that is in float32 at least, and zero already where there is no token."""
-    return units.everywhere(_direction(units.members(gradient), norm, units))
+    return units.broadcast(_direction(units.members(gradient), norm, units))
 
 
 def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
@@ -190,7 +204,7 @@ def sample(like: Tensor, norm: str, units: Units, seed: int) -> Tensor:
             neither read nor changed.
     """
     members = units.once(gaussian(like, units, seed))
-    return units.everywhere(_direction(members, "l2" if norm == "none" else norm, units))
+    return units.broadcast(_direction(members, "l2" if norm == "none" else norm, units))
 
 
 def uniform(like: Tensor, units: Units, seed: int) -> Tensor:
@@ -227,6 +241,24 @@ def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Te
         return perturbation.clamp(-epsilon, epsilon)
     size = units.euclidean(perturbation)
     return perturbation * torch.where(size > epsilon, epsilon / size, 1.0)
+
+
+def by_example(norms: Tensor, examples: Tensor, order: float = 2.0) -> Tensor:
+    """The norm of each example, given that of each of its rows.
+
+    Args:
+        norms: (rows, ...).
+        examples: int64, (rows,): to which example each row belongs.
+        order: 1, 2 or infinity.
+
+    Returns:
+        A tensor of the shape of `norms`; what is beyond the number of examples is zero.
+    """
+    none = torch.zeros_like(norms)
+    if order == math.inf:
+        index = examples.view(-1, *[1] * (norms.dim() - 1)).expand_as(norms)
+        return none.scatter_reduce(0, index, norms, "amax")
+    return none.index_add(0, examples, norms.pow(order)).pow(1 / order)
 
 
 def _direction(member: Tensor, norm: str, units: Units) -> Tensor:

@@ -1,0 +1,1 @@
+"""How the passes of a step are run, whoever owns the loop."""

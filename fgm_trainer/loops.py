@@ -1,0 +1,142 @@
+"""For loops of your own: the driver of any attack, with or without accelerate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import attacks
+from .attacks import Step
+from .engine.accelerate import Engine
+from .engine.driver import Driver, RunningPass, unit_of
+from .in_place import FGM, check_epsilon
+from .perturbation.batches import examples_in, without_column
+from .perturbation.target import Target
+from .perturbation.targets import find_target
+
+__all__ = ["FGM", "Adversary"]
+
+LossOf = Callable[[nn.Module, Mapping[str, Any]], Any]
+
+
+class Adversary:
+    """The driver of an attack for a loop of your own, with or without accelerate.
+
+    ```python
+    adversary = Adversary(model, FGM(epsilon=1.0), accelerator=accelerator)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = adversary.backward(batch)   # in place of: loss = model(**batch).loss; accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
+
+    Args:
+        model: the model, as `accelerator.prepare` returned it.
+        attack: the attack.
+        target: what is perturbed, as `adv_target`.
+        accelerator: the `accelerate.Accelerator`; None for a plain loop on one process.
+        seed: of whatever the attack draws.
+        epsilon_unit: `absolute`, or `embedding` for the mean norm of a token's embedding.
+        clip: the valid range of an input tensor (`clipping.valid_range`).
+
+    `memory` is what the attack keeps between steps, or None: save its `state_dict()` beside your own.
+
+    Raises:
+        ValueError: the model does not have the target, or the scope does not exist there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attack: attacks.Attack,
+        *,
+        target: str | Target | None = None,
+        accelerator: Any = None,
+        seed: int = 0,
+        epsilon_unit: str = "absolute",
+        clip: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed
+        inner = model if accelerator is None else accelerator.unwrap_model(model)
+        inner = getattr(inner, "_orig_mod", inner)
+        target = target or attack.default_target
+        self._target = target if isinstance(target, Target) else find_target(target, inner)
+        engine = Engine(accelerator, model, inner)
+        if attack.needs_whole_weights or target == "weights":
+            engine.refuse_spread_weights(attack.name)
+        self._unit = unit_of(epsilon_unit, inner)
+        self.memory = attack.in_units(self._unit).new_memory(seed)
+        self._steps_next = True
+        self._target.attach(inner, model)
+        self._target.clip = clip or self._target.clip
+        scope = self._target.resolve_scope(attack.scope, attack.default_scope)
+        self._driver = Driver(attack, self._target, scope, engine)
+        self._count = 0
+
+    def backward(
+        self,
+        batch: Mapping[str, Any],
+        loss_of: LossOf | None = None,
+        *,
+        epsilon: float | None = None,
+    ) -> Tensor:
+        """All passes of one micro-batch; afterwards the weights' gradients are complete.
+
+        Args:
+            batch: the model's inputs.
+            loss_of: (model, batch) -> the loss, or (loss, outputs) with `logits` for an attack that compares outputs;
+                None for what the model returns.
+            epsilon: this step's epsilon; None for the attack's. 0 makes one stock pass.
+
+        Returns:
+            The loss of the first training pass, detached.
+        """
+        loss_of = loss_of or _model_loss
+        epsilon = self._attack.epsilon if epsilon is None else epsilon
+        check_epsilon(epsilon)
+        engine = self._driver.engine
+
+        def run_pass(running: RunningPass, model: nn.Module, inputs: Any) -> Tensor:
+            loss, _ = running.measure(lambda own: loss_of(model, own), inputs)
+            running.backward(loss, engine.backward)
+            return loss.detach()
+
+        inputs = without_column(batch, self._attack.targeted)
+        if epsilon == 0:
+            result = loss_of(self._model, inputs)
+            loss: Tensor = result[0] if isinstance(result, tuple) else result
+            engine.backward(loss)
+            return loss.detach()
+        if self.memory is not None and self._steps_next:
+            shared = self._accelerator
+            total = (lambda x: x) if shared is None else functools.partial(shared.reduce, reduction="sum")
+            self.memory.settle(engine.model, total)
+        self._steps_next = self._accelerator is None or self._accelerator.sync_gradients
+        if self._target.model is not engine.model:
+            # Another loop may have taken it.
+            self._target.attach(engine.model, self._model)
+        self._driver.attack = attack = replace(self._attack, epsilon=epsilon).in_units(self._unit)
+        step = Step(attack.epsilon, self._next_seed(), self.memory, examples_in(inputs))
+        passes = self._driver.run(step, inputs, run_pass, batch)
+        return next((p.unweighted for p in passes if p.is_clean), passes[0].unweighted)
+
+    def close(self) -> None:
+        """Lets the model go."""
+        self._target.detach()
+
+    def _next_seed(self) -> int:
+        """Differs by micro-batch over all processes: N processes draw as accumulation over N does."""
+        shared = self._accelerator
+        rank, world = (0, 1) if shared is None else (shared.process_index, shared.num_processes)
+        batch, self._count = self._count * world + rank, self._count + 1
+        return hash((self._seed, batch)) % 2**63
+
+
+def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    outputs = model(**batch)
+    return (outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]), outputs

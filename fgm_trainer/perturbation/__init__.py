@@ -1,0 +1,1 @@
+"""What a perturbation is and where it is added. Torch alone."""

@@ -1,0 +1,148 @@
+"""The weights as a target: each matrix is perturbed where a module reads it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .forward_pass import Draw, PerturbedForward, StepCalls, TargetCall
+from .geometry import Segments, Units, widen
+from .target import Site, Target
+
+# The weights of one module, each by its name there and its place among all.
+Own = list[tuple[str, int]]
+
+
+class Weights(Target):
+    """The trainable weights of two dimensions or more; biases and the scales of norms stay as they are.
+
+    A module sees `weight + leaf` while its forward runs; the parameter itself is not written. A perturbation is one
+    flat vector, the weights one after the other, and a weight is a unit of its own: scope `tensor`.
+    """
+
+    scopes = ("tensor",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._weights: list[nn.Parameter] = []
+        self._readers: list[tuple[nn.Module, Own]] = []
+
+    def __str__(self) -> str:
+        return "'weights' (the model's weight matrices)"
+
+    def new_pass(self, step: StepCalls, delta: Tensor | Draw | None, **settings: Any) -> PerturbedForward:
+        return _WeightPass(self._weights, step, delta, **settings)
+
+    def _end(self, forward_pass: PerturbedForward) -> None:
+        super()._end(forward_pass)
+        # An interrupt (Ctrl-C) in the middle of a forward leaves it without the hook that follows.
+        for module, own in self._readers:
+            _put_back(own, module)
+
+    def _find(self, model: nn.Module) -> list[Site]:
+        places = [
+            (module, name, weight)
+            for module in model.modules()
+            for name, weight in module.named_parameters(recurse=False)
+            if weight.requires_grad and weight.dim() >= 2
+        ]
+        # A tied weight has one perturbation, wherever it is read.
+        self._weights = list({id(w): w for _, _, w in places}.values())
+        if not self._weights:
+            raise ValueError(
+                f"{type(model).__name__} has no trainable weight matrix: adv_target='weights' means nothing."
+            )
+        order = {id(w): i for i, w in enumerate(self._weights)}
+        modules = {id(m): m for m, _, _ in places}.values()
+        self._readers = [(m, [(n, order[id(w)]) for other, n, w in places if other is m]) for m in modules]
+        before = [Site(m, True, functools.partial(self._enter, own)) for m, own in self._readers]
+        return [*before, *(Site(m, False, functools.partial(_put_back, own)) for m, own in self._readers)]
+
+    def _enter(self, own: Own, module: nn.Module, *args: Any) -> None:
+        seen = self._pass
+        if isinstance(seen, _WeightPass) and seen.touches and seen.reads(module):
+            for name, index in own:
+                # Found before the parameter of that name, which stays what `state_dict` reads.
+                # `functional_call` puts another tensor in the parameter's place.
+                module.__dict__[name] = seen.moved(index, module._parameters.get(name))
+
+
+def _put_back(own: Own, module: nn.Module, *rest: Any) -> None:
+    for name, _ in own:
+        module.__dict__.pop(name, None)
+
+
+class _WeightPass(PerturbedForward):
+    """What one forward pass read: every weight, moved by its part of a flat perturbation."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], step: StepCalls, delta: Tensor | Draw | None, **settings: Any
+    ) -> None:
+        super().__init__(step, **settings)
+        self._weights = weights
+        sizes = tuple(w.numel() for w in weights)
+        norms = torch.stack([torch.linalg.vector_norm(w.detach()) for w in weights])
+        self._segments = Segments(sizes=sizes, lengths=norms)
+        if delta is not None and not isinstance(delta, Tensor):
+            delta = delta(TargetCall(weights[0].new_zeros(sum(sizes)), self._segments, None, 0, 0))
+        self._flat = delta
+        self.touches = self.wanted or delta is not None
+        # Modules called with autograd and without.
+        self._graded: set[nn.Module] = set()
+        self._others: set[nn.Module] = set()
+        self._leaves: list[Tensor] = []
+        for weight, part in zip(weights, [None] * len(weights) if delta is None else delta.split(sizes), strict=True):
+            own = torch.zeros_like(weight) if part is None else part.view_as(weight).to(weight.dtype)
+            self._leaves.append(own.detach().requires_grad_(self.wanted))
+
+    @property
+    def reached(self) -> bool:
+        return True
+
+    def reads(self, module: nn.Module) -> bool:
+        """Whether the module reads moved weights in a call that happens now."""
+        own = self.is_own()
+        if self.in_backward() and module in self._others and module not in self._graded:
+            raise RuntimeError(
+                "The loss runs the model without autograd and again in its backward pass (gradient caching), which "
+                "adv_target='weights' can't follow. Choose a method that perturbs inputs, such as adv_method='fgm'."
+            )
+        (self._graded if own else self._others).add(module)
+        return own
+
+    def moved(self, index: int, weight: Tensor | None = None) -> Tensor:
+        return (self._weights[index] if weight is None else weight) + self._leaves[index]
+
+    def end(self) -> None:
+        """Nothing is left to be checked."""
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return self._leaves
+
+    def gradient(self, scales: Mapping[int, Tensor]) -> Tensor:
+        # A weight that this forward pass did not read has no direction.
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
+        return widen(torch.cat([g.flatten() for g in gradients])) / scales[0]
+
+    def units(self) -> Units:
+        return self._segments
+
+    def no_gradient(self) -> Tensor:
+        return torch.zeros_like(torch.cat([leaf.detach().flatten() for leaf in self._leaves]))
+
+    def applied(self) -> Tensor | None:
+        return None if self._flat is None else torch.cat([leaf.detach().flatten() for leaf in self._leaves])
+
+    def ids(self) -> Tensor | None:
+        return None
+
+    def row_norms(self) -> tuple[Tensor, Tensor]:
+        assert self._flat is not None
+        assert self._segments.lengths is not None
+        parts = self._flat.split(self._segments.sizes)
+        return self._segments.lengths, torch.stack([torch.linalg.vector_norm(p) for p in parts])
