@@ -101,7 +101,7 @@ FAMILIES = {
     "Pegasus": ("PegasusForConditionalGeneration", _BART),
     "Marian": ("MarianMTModel", _BART),
 }
-# Their own loss is NaN in float64 where a row begins with padding.
+# Their own loss, or its gradients, are NaN in float64 where a row begins with padding.
 RIGHT_ONLY = {"Longformer", "BLOOM", "Gemma 2"}
 CASES = [(name, side) for name in FAMILIES for side in ("right", "left") if side == "right" or name not in RIGHT_ONLY]
 # What is refused, or says at the first batch why it can't be served.
