@@ -118,10 +118,10 @@ def lengths(values: Tensor) -> Tensor:
 # What is measured beside the stock Trainer: a class, and what else it is given.
 TRAININGS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
     "stock": (Trainer, {}),
-    "fgm": (AdversarialTrainer, {"attack": FGM()}),
+    "fgm": (AdversarialTrainer, {"attack": FGM(epsilon=1.0)}),
     "fgm in place": (InPlaceFGM, {}),
-    "pgd-3": (AdversarialTrainer, {"attack": PGD(steps=3)}),
+    "pgd-3": (AdversarialTrainer, {"attack": PGD(epsilon=1.0, steps=3)}),
     "pgd-3 in place": (InPlacePGD, {}),
-    "freelb-3": (AdversarialTrainer, {"attack": FreeLB(steps=3)}),
+    "freelb-3": (AdversarialTrainer, {"attack": FreeLB(epsilon=0.2, steps=3)}),
     "freelb-3 on embeds": (EmbedsFreeLB, {}),
 }

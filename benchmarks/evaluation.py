@@ -50,7 +50,7 @@ def main() -> None:
     (args,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses()
     model, data, collate = trained(args)
     parts = {"batch_size": args.batch_size, "collate_fn": collate, "progress": False}
-    attack = PGD(steps=STEPS)
+    attack = PGD(epsilon=1.0, steps=STEPS)
 
     def ours(epsilons: list[float]) -> list[float]:
         return list(evaluate_robustness(model, data, [attack], epsilons, **parts).scores[f"pgd-{STEPS}"])

@@ -69,18 +69,18 @@ METHODS: dict[str, Method] = {
     "fgm": Method(FGM(epsilon=0.2, scope="example")),
     "fgm, vocabulary": Method(FGM(epsilon=1.0)),
     "fgm, adversarial only": Method(FGM(epsilon=0.2, scope="example", clean_weight=0.0)),
-    "partial_fgm": Method(PartialFGM()),
+    "partial_fgm": Method(PartialFGM(epsilon=0.3)),
     "fgsm": Method(FGSM(epsilon=0.002)),
     "pgd": Method(PGD(epsilon=0.2, scope="example")),
-    "freelb": Method(FreeLB()),
-    "freelb, clean": Method(FreeLB(clean=True)),
-    "token_aware": Method(TokenAware()),
-    "vat": Method(VAT()),
-    "smart, published": Method(SMART()),
+    "freelb": Method(FreeLB(epsilon=0.2)),
+    "freelb, clean": Method(FreeLB(epsilon=0.2, clean=True)),
+    "token_aware": Method(TokenAware(epsilon=0.2)),
+    "vat": Method(VAT(epsilon=0.2)),
+    "smart, published": Method(SMART(epsilon=1e-5)),
     "smart, 0.002": Method(SMART(epsilon=0.002, step_size=0.002, weight=5.0)),
-    "alum": Method(ALUM()),
-    "r3f": Method(R3F()),
-    "awp": Method(AWP()),
+    "alum": Method(ALUM(epsilon=1e-5)),
+    "r3f": Method(R3F(epsilon=1e-5)),
+    "awp": Method(AWP(epsilon=5e-3)),
 }
 ALONE = FGM(epsilon=0.2, scope="example", clean_weight=0.0)
 # Cheaper than two passes.
@@ -170,7 +170,7 @@ def effect(args: BenchmarkArguments, folder: Path, train: list[dict[str, Any]], 
         many, few = by_length(test[:1000]), by_length(test[: args.test_samples])
         parts = {"collate_fn": collate, "progress": False, "seed": args.seed}
         clean = evaluate_robustness(trainer.model, many, epsilons=[0.0], **parts).clean
-        report = evaluate_robustness(trainer.model, few, [PGD(steps=10)], [0.1, 0.2, 0.4], **parts)
+        report = evaluate_robustness(trainer.model, few, [PGD(epsilon=1.0, steps=10)], [0.1, 0.2, 0.4], **parts)
         last = [line for line in trainer.state.log_history if "adv_delta_norm" in line][-1:]
         figures = {
             "settings": method.attack.settings() if method.attack else {},

@@ -67,8 +67,8 @@ class Shape:
 
 
 METHODS = TRAININGS | {
-    "fgm, example": (AdversarialTrainer, {"attack": FGM(scope="example")}),
-    "fgm, adversarial only": (AdversarialTrainer, {"attack": FGM(clean_weight=0.0)}),
+    "fgm, example": (AdversarialTrainer, {"attack": FGM(epsilon=1.0, scope="example")}),
+    "fgm, adversarial only": (AdversarialTrainer, {"attack": FGM(epsilon=1.0, clean_weight=0.0)}),
 }
 FEW = ("fgm", "fgm in place")
 # Without anything of ours: two passes whose gradients add up, and a pass for the gradient at the embeddings alone.

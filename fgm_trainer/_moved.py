@@ -12,7 +12,6 @@ from types import ModuleType
 MOVED = {
     "clipping": "perturbation.clipping",
     "driving": "engine.driver",
-    "epsilon": "robustness.epsilon",
     "geometry": "perturbation.geometry",
     "inspection": "perturbation.lookups",
     "monitoring": "metrics",

@@ -9,12 +9,14 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from .attacks import ATTACKS, Attack, attack_class, own_settings
+from .attacks import ATTACKS, AUTO, Attack, attack_class, own_settings
 from .engine.driver import EPSILON_UNITS
 from .engine.schedule import Schedule
 from .perturbation.batches import INPUT_TENSORS
 from .perturbation.geometry import NORMS, SCOPES
 
+# Over which part of training a fixed epsilon rises (docs/epsilon.md).
+WARMUP = 0.5
 _METHODS = ", ".join(sorted(ATTACKS))
 
 
@@ -22,12 +24,19 @@ _METHODS = ", ".join(sorted(ATTACKS))
 class AdversarialArguments:
     """The adversarial flags, for any dataclass of training arguments to inherit (put it first)."""
 
-    adv_epsilon: float | None = field(
+    adv_epsilon: float | str | None = field(
         default=None,
         metadata={
             "help": "Size of the perturbation (Miyato et al. 2017, eq. 5). 0 is the stock Trainer, bit for bit. It is "
             "not portable between scopes: `adv_delta_norm` in the log is the length that an example really got. "
-            "Default: the method's own, 1.0 for fgm."
+            "`auto`, the default of every method, finds it while training."
+        },
+    )
+    adv_strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "With adv_epsilon `auto`: the share of what there is to lose (the loss of guessing less the clean "
+            "loss) that an attack may add to the loss."
         },
     )
     adv_epsilon_unit: str = field(
@@ -85,11 +94,18 @@ class AdversarialArguments:
         default=0.0,
         metadata={"help": "No attack before this optimizer step, or, below 1, before this fraction of training."},
     )
-    adv_warmup: float = field(
-        default=0.0,
+    adv_warmup: float | None = field(
+        default=None,
         metadata={
-            "help": "Optimizer steps, or, below 1, the fraction of training, over which epsilon rises linearly from "
-            "`adv_start` on. A large epsilon from the first step on can collapse a run."
+            "help": "Optimizer steps, or, below 1, the fraction of training, over which a fixed epsilon rises linearly "
+            f"from `adv_start` on. Default: {WARMUP}, since a large epsilon from the first step on can collapse a run; "
+            "0 for none."
+        },
+    )
+    adv_recover: bool = field(
+        default=False,
+        metadata={
+            "help": "A fixed epsilon is lowered as `auto` does where a model can't bear it, and is never exceeded."
         },
     )
     adv_every: int = field(default=1, metadata={"help": "Attack every k-th optimizer step."})
@@ -117,6 +133,7 @@ class AdversarialArguments:
             except json.JSONDecodeError as error:
                 problems.append(f"adv_kwargs must be a JSON object; found {self.adv_kwargs!r} ({error}).")
                 self.adv_kwargs = None
+        self.adv_epsilon = as_number(self.adv_epsilon)
         if isinstance(self.adv_targeted, str) and self.adv_targeted.isdecimal():
             self.adv_targeted = int(self.adv_targeted)
         problems += _problems(self)
@@ -131,9 +148,12 @@ class AdversarialArguments:
             weight=self.adv_weight, clean_weight=self.adv_clean_weight, targeted=self.adv_targeted, **_given(self)
         )
 
-    def make_schedule(self) -> Schedule:
-        """The schedule that the flags describe."""
-        return Schedule(self.adv_start, self.adv_warmup, self.adv_every)
+    def make_schedule(self, attack: Attack | None = None) -> Schedule:
+        """The schedule that the flags describe, for an attack that was given in place of theirs."""
+        attack = attack or self.make_attack()
+        steered = attack.epsilon == AUTO or self.adv_recover
+        warmup = self.adv_warmup if self.adv_warmup is not None else WARMUP * (not steered)
+        return Schedule(self.adv_start, warmup, self.adv_every)
 
 
 @dataclass
@@ -148,6 +168,14 @@ class AdversarialTrainingArguments(AdversarialArguments, TrainingArguments):
 @dataclass
 class AdversarialSeq2SeqTrainingArguments(AdversarialArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the adversarial flags."""
+
+
+def as_number(value: Any) -> Any:
+    """A flag's number, which a command line gives as text; any other text as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 ATTACK_FIELDS = (
@@ -185,14 +213,16 @@ def _given(args: AdversarialArguments) -> dict[str, Any]:
 
 def _problems(args: AdversarialArguments) -> list[str]:
     found = []
-    for name in ("adv_epsilon", "adv_weight", "adv_clean_weight", "adv_start", "adv_warmup"):
+    for name in ("adv_epsilon", "adv_strength", "adv_weight", "adv_clean_weight", "adv_start", "adv_warmup"):
         value = getattr(args, name)
-        if value is None and name == "adv_epsilon":
+        if (value is None and name in ("adv_epsilon", "adv_warmup")) or (value == AUTO and name == "adv_epsilon"):
             continue
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             found.append(f"{name} must be a finite number, 0 or more; found {value!r}.")
         elif name in ("adv_start", "adv_warmup") and value >= 1 and value != int(value):
             found.append(f"{name} is a fraction below 1 or a whole number of optimizer steps; found {value!r}.")
+    if args.adv_strength == 0:
+        found.append("adv_strength must be above 0; to train without an attack write adv_epsilon=0.")
     if args.adv_weight == 0:
         found.append("adv_weight must be above 0; to train without an attack write adv_epsilon=0.")
     if not isinstance(args.adv_every, int) or args.adv_every < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import transformers
 from accelerate.utils import DistributedType
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .attacks import Attack
+from .attacks import AUTO, Attack
 from .engine.accelerate import Engine
 from .perturbation.lookups import input_embedding, is_compiled
 from .perturbation.target import Target
@@ -22,7 +23,7 @@ _STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 _STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
 
 
-def refuse(trainer: Trainer, model: nn.Module | None, attack: Attack, target: str | Target, epsilon_unit: str) -> None:
+def refuse(trainer: Any, model: nn.Module | None, attack: Attack, target: str | Target, epsilon_unit: str) -> None:
     """Raises ValueError, one message with every problem of model, arguments and engine.
 
     Args:
@@ -57,8 +58,15 @@ def _of_the_model(model: nn.Module, attack: Attack, target: str | Target, epsilo
         )
 
 
-def _of_the_arguments(trainer: Trainer, attack: Attack, target: str | Target) -> Iterator[str]:
+def _of_the_arguments(trainer: Any, attack: Attack, target: str | Target) -> Iterator[str]:
     args = trainer.args
+    if trainer.steers_epsilon and (trainer.schedule.warmup or trainer.schedule.shape):
+        yield (
+            "adv_warmup and epsilon_schedule are for a fixed adv_epsilon: 'auto', the default, and adv_recover find "
+            "how fast it may rise. Leave them out, or give adv_epsilon a number."
+        )
+    if getattr(args, "adv_recover", False) and attack.epsilon == AUTO:
+        yield "adv_recover lowers a fixed adv_epsilon, and 'auto' recovers anyway: leave it out, or give adv_epsilon."
     compiled = args.torch_compile or (trainer.model is not None and is_compiled(trainer.model))
     if target == "weights" and compiled:
         yield "adv_target='weights' can't be compiled: leave torch_compile out."

@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import attacks
-from .attacks import Step
+from .attacks import AUTO, Step
 from .engine.accelerate import Engine
+from .engine.controller import EpsilonController
 from .engine.driver import Driver, RunningPass, unit_of
+from .engine.guessing import guessing_of
 from .in_place import FGM, check_epsilon
 from .perturbation.batches import examples_in, without_column
 from .perturbation.target import Target
@@ -43,8 +45,10 @@ class Adversary:
         seed: of whatever the attack draws.
         epsilon_unit: `absolute`, or `embedding` for the mean norm of a token's embedding.
         clip: the valid range of an input tensor (`clipping.valid_range`).
+        strength: with epsilon `auto`, the share of what there is to lose that the attack may add to the loss.
 
-    `memory` is what the attack keeps between steps, or None: save its `state_dict()` beside your own.
+    `memory` is what the attack keeps between steps, and `controller` what finds epsilon `auto`; None where there is
+    none. Save their `state_dict()` beside your own.
 
     Raises:
         ValueError: the model does not have the target, or the scope does not exist there.
@@ -60,6 +64,7 @@ class Adversary:
         seed: int = 0,
         epsilon_unit: str = "absolute",
         clip: tuple[Tensor, Tensor] | None = None,
+        strength: float = 1.0,
     ) -> None:
         self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed
         inner = model if accelerator is None else accelerator.unwrap_model(model)
@@ -77,6 +82,10 @@ class Adversary:
         scope = self._target.resolve_scope(attack.scope, attack.default_scope)
         self._driver = Driver(attack, self._target, scope, engine)
         self._count = 0
+        self.controller: EpsilonController | None = None
+        if attack.epsilon == AUTO:
+            device = next(inner.parameters()).device
+            self.controller = EpsilonController(strength, device, guessing_of(inner))
 
     def backward(
         self,
@@ -96,9 +105,13 @@ class Adversary:
         Returns:
             The loss of the first training pass, detached.
         """
+        # What guessing costs is known of the model's own loss.
+        labels = batch.get("labels") if loss_of is None else None
         loss_of = loss_of or _model_loss
-        epsilon = self._attack.epsilon if epsilon is None else epsilon
-        check_epsilon(epsilon)
+        controller = self.controller if epsilon is None else None
+        if controller is None:
+            epsilon = float(self._attack.epsilon) if epsilon is None else epsilon
+            check_epsilon(epsilon)
         engine = self._driver.engine
 
         def run_pass(running: RunningPass, model: nn.Module, inputs: Any) -> Tensor:
@@ -112,18 +125,24 @@ class Adversary:
             loss: Tensor = result[0] if isinstance(result, tuple) else result
             engine.backward(loss)
             return loss.detach()
-        if self.memory is not None and self._steps_next:
+        if self._steps_next:
             shared = self._accelerator
             total = (lambda x: x) if shared is None else functools.partial(shared.reduce, reduction="sum")
-            self.memory.settle(engine.model, total)
+            for kept in filter(None, (self.memory, self.controller)):
+                kept.settle(engine.model, total)
         self._steps_next = self._accelerator is None or self._accelerator.sync_gradients
         if self._target.model is not engine.model:
             # Another loop may have taken it.
             self._target.attach(engine.model, self._model)
-        self._driver.attack = attack = replace(self._attack, epsilon=epsilon).in_units(self._unit)
-        step = Step(attack.epsilon, self._next_seed(), self.memory, examples_in(inputs))
+        given = self._attack if epsilon is None else replace(self._attack, epsilon=epsilon)
+        self._driver.attack = attack = given.in_units(self._unit)
+        size: Any = attack.epsilon if controller is None else controller.epsilon
+        step = Step(size, self._next_seed(), self.memory, examples_in(inputs))
         passes = self._driver.run(step, inputs, run_pass, batch)
-        return next((p.unweighted for p in passes if p.is_clean), passes[0].unweighted)
+        if controller is not None:
+            controller.observe(passes, labels)
+        trained = [each for each in passes if each.is_training]
+        return next((p.unweighted for p in trained if p.is_clean), trained[0].unweighted)
 
     def close(self) -> None:
         """Lets the model go."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,19 +19,18 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .arguments import AdversarialArguments, changed_attack_fields
-from .attacks import FGM, Attack, Memory, Step
+from .attacks import AUTO, FGM, Attack, Memory, Step
 from .compatibility import refuse
 from .engine.accelerate import Engine
+from .engine.controller import EpsilonController
 from .engine.driver import Driver, RunningPass, unit_of
+from .engine.guessing import GuessingLoss, guessing_of
 from .engine.schedule import Schedule
 from .metrics import CollapseWatch, LogWindow
 from .perturbation.batches import examples_in, without_column
 from .perturbation.clipping import valid_range
 from .perturbation.target import Target
 from .perturbation.targets import EmbeddingOutput, find_target
-
-if TYPE_CHECKING:
-    from .robustness import EpsilonCurve
 
 logger = logging.get_logger(__name__)
 
@@ -94,18 +92,23 @@ class AdversarialTrainerMixin(_Base):
         self._forget()
 
     def _forget(self) -> None:
-        self._memory: Memory | None = None
-        self._saved_memory: dict[str, Any] | None = None
-        self._memory_due = True
+        # By name in the state file: what the attack remembers, and what steers epsilon. None before the first step.
+        self._kept: dict[str, Memory] | None = None
+        self._saved: dict[str, Any] = {}
+        self._settle_due = True
 
     def _configure(self) -> None:
         """Reads the flags; again when training starts, since a hyperparameter search sets them one by one."""
         flags = self.args if isinstance(self.args, AdversarialArguments) else None
         self.attack: Attack = self._given_attack or (flags.make_attack() if flags else FGM(epsilon=1.0))
-        schedule = flags.make_schedule() if flags else Schedule()
-        self.schedule: Schedule = replace(schedule, shape=self._given_schedule) if self._given_schedule else schedule
+        schedule = flags.make_schedule(self.attack) if flags else Schedule()
+        if self._given_schedule is not None:
+            given = (flags and flags.adv_warmup) or 0.0
+            schedule = replace(schedule, warmup=given, shape=self._given_schedule)
+        self.schedule: Schedule = schedule
         asked = self._given_target or (flags.adv_target if flags else None)
         self._target: str | Target = asked or self.attack.default_target
+        self._strength = flags.adv_strength if flags else 1.0
         self._epsilon_unit = flags.adv_epsilon_unit if flags else "absolute"
         self._same_dropout = flags is not None and flags.adv_same_dropout
 
@@ -115,9 +118,15 @@ class AdversarialTrainerMixin(_Base):
         self._refuse()
 
     def _refuse(self) -> None:
-        if self.attack.epsilon > 0:
+        if self.attack.epsilon != 0:
             model = None if self.model is None else self._inner(self.model)
             refuse(self, model, self.attack, self._target, self._epsilon_unit)
+
+    @property
+    def steers_epsilon(self) -> bool:
+        """Whether epsilon is found while training, not given or scheduled."""
+        flags = self.args
+        return self.attack.epsilon == AUTO or (isinstance(flags, AdversarialArguments) and flags.adv_recover)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`, after every problem of the configuration was looked for.
@@ -146,8 +155,11 @@ class AdversarialTrainerMixin(_Base):
             return super().training_step(model, inputs, *args, **kwargs)
         factor = self.schedule.factor(self.state.global_step, self.state.max_steps)
         driver = self._attached(model)
+        if self._next_position() == 0:
+            self._settle()
         if factor == 0 and self._checked_batch:
-            return super().training_step(model, inputs, *args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            return self._observed_clean(loss, inputs)
         stock = super().training_step
 
         def run_pass(running: RunningPass, called: nn.Module, batch: Any) -> Tensor:
@@ -163,7 +175,7 @@ class AdversarialTrainerMixin(_Base):
         try:
             with self._watched(model, inputs):
                 if factor == 0:
-                    loss = driver.check(inputs, run_pass)
+                    loss = self._observed_clean(driver.check(inputs, run_pass), inputs)
                 else:
                     loss = self._attacked_step(driver, factor, inputs, given, run_pass)
             self._checked_batch = True
@@ -175,13 +187,16 @@ class AdversarialTrainerMixin(_Base):
     def _attacked_step(
         self, driver: Driver, factor: float, inputs: dict[str, Any], given: dict[str, Any], run_pass: Any
     ) -> Tensor:
-        first = self._next_position() == 0
-        self._window.begin(first)
-        if first:
-            self._settle_memory()
-        step = Step(factor * driver.attack.epsilon, self._seed(), self._memory, examples_in(inputs))
-        passes = driver.run(step, inputs, run_pass, given, self._micro_batches())
-        self._memory_due = self._memory is not None
+        self._window.begin(self._position[1] == 0)
+        assert self._kept is not None
+        controller = self._controller
+        epsilon: Any = driver.attack.epsilon if controller is None else controller.epsilon
+        step = Step(factor * epsilon, self._seed(), self._kept.get("memory"), examples_in(inputs))
+        ran = driver.run(step, inputs, run_pass, given, self._micro_batches())
+        if controller is not None:
+            controller.observe(ran, self._labels(inputs), self._micro_batches())
+        self._settle_due = True
+        passes = [each for each in ran if each.is_training]
         perturbed = [each for each in passes if not each.is_clean]
         losses = [each.unweighted for each in perturbed]
         mean = torch.stack(losses).mean(0) if len(losses) > 1 else losses[0]
@@ -189,10 +204,23 @@ class AdversarialTrainerMixin(_Base):
         clean = [each.unweighted for each in passes if each.is_clean]
         return clean[-1] if clean else losses[0]
 
+    def _observed_clean(self, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        if self._controller is not None:
+            self._controller.observe_clean(loss.detach(), self._labels(inputs), self._micro_batches())
+            self._settle_due = True
+        return loss
+
+    @property
+    def _controller(self) -> EpsilonController | None:
+        return (self._kept or {}).get("controller")  # type: ignore[return-value]
+
+    def _labels(self, inputs: Mapping[str, Any]) -> Any:
+        return inputs.get(self.label_names[0]) if len(self.label_names or ()) == 1 else None
+
     def _watched(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """A context in which `CollapseWatch` sees the model's answers."""
-        logs = self.args.logging_strategy != "no" and len(self.label_names or ()) == 1
-        labels = inputs.get(self.label_names[0]) if logs else None
+        logs = self.args.logging_strategy != "no"
+        labels = self._labels(inputs) if logs else None
         return self._watch.watched(model, labels, self.state.global_step, self.schedule, self.state.max_steps)
 
     def _check_pass(self, running: RunningPass) -> None:
@@ -215,10 +243,12 @@ class AdversarialTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log`; the lines of training get the attack's figures as well."""
-        if "loss" in logs and "learning_rate" in logs and self.attack.epsilon > 0:
+        if "loss" in logs and "learning_rate" in logs and self.attack.epsilon != 0:
             if self._driver is not None:
                 self._driver.check_range()
             logs = {**logs, **self._window.close(self.accelerator)}
+            if self._controller is not None:
+                logs["adv_epsilon"] = self._controller.epsilon.item() / self._unit
             state = self.state
             self._watch.see(
                 logs["loss"], state.global_step, self.schedule, state.max_steps, state.log_history, self.accelerator
@@ -271,55 +301,6 @@ class AdversarialTrainerMixin(_Base):
         }
         return evaluate_robustness(self._on_its_device(), dataset, **own_parts | kwargs)
 
-    def find_epsilon(
-        self,
-        dataset: Any = None,
-        epsilons: Sequence[float] | None = None,
-        batches: int = 4,
-        plot: str | Path | None = None,
-    ) -> EpsilonCurve:
-        """Loss and accuracy over epsilon on a few batches of the training batch size, and a suggestion.
-
-        `epsilon.find_epsilon` with the Trainer's own parts: attack, target, unit, clipping, collator, `compute_loss`.
-        For a model that is trained already. All processes measure the same batches.
-
-        Args:
-            dataset: a data set; None for the Trainer's own to train on.
-            epsilons: the grid; None for 20 from a hundredth to a hundred times the method's default.
-            batches: how many, chosen by the Trainer's seed.
-            plot: where to write the picture; None to write none.
-
-        Raises:
-            ValueError: there is no data set, or what `epsilon.find_epsilon` refuses.
-        """
-        from .robustness.epsilon import choose_batches, find_epsilon
-
-        dataset = self.train_dataset if dataset is None else dataset
-        if dataset is None:
-            raise ValueError("find_epsilon needs a data set: pass dataset here or train_dataset to the Trainer.")
-
-        def loss_of(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-            with self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(model, dict(batch), return_outputs=True)
-            return loss, outputs
-
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
-        curve = find_epsilon(
-            self._on_its_device(),
-            choose_batches(dataset, collate, self.args.train_batch_size, batches, self.args.seed),
-            self.attack,
-            epsilons,
-            target=self._target,
-            epsilon_unit=self._epsilon_unit,
-            clip=self._valid_range(),
-            loss_of=loss_of,
-            seed=self.args.seed,
-            progress=not self.args.disable_tqdm,
-        )
-        if plot is not None:
-            curve.plot(plot)
-        return curve
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, with a section that names the attack and its settings."""
         super().create_model_card(*args, **kwargs)
@@ -363,12 +344,28 @@ class AdversarialTrainerMixin(_Base):
                 observe=lambda answer: self._window.gradient(answer.gradient),
             )
         driver.attack = attack
-        if self._memory_due and self._memory is None:
-            self._memory = attack.new_memory(self.args.seed)
-            if self._memory is not None and self._saved_memory is not None:
-                self._memory.load_state_dict(self._saved_memory)
-                self._memory_due = False
+        if self._kept is None:
+            self._kept = self._new_kept(driver)
         return driver
+
+    def _new_kept(self, driver: Driver) -> dict[str, Memory]:
+        """What is kept between steps, as it was saved where training goes on."""
+        kept: dict[str, Memory | None] = {"memory": driver.attack.new_memory(self.args.seed)}
+        if self.steers_epsilon:
+            most = math.inf if driver.attack.epsilon == AUTO else float(driver.attack.epsilon)
+            guessing = self._guessing(driver.engine.model)
+            kept["controller"] = EpsilonController(self._strength, self.args.device, guessing, most)
+        found = {name: each for name, each in kept.items() if each is not None}
+        for name in found.keys() & self._saved.keys():
+            found[name].load_state_dict(self._saved[name])
+            self._settle_due = False
+        return found
+
+    def _guessing(self, model: nn.Module) -> GuessingLoss:
+        """What guessing would cost; known of the model's own loss alone."""
+        own = type(self).compute_loss in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
+        own = own and getattr(self, "compute_loss_func", None) is None and self.label_smoother is None
+        return guessing_of(model) if own else GuessingLoss()
 
     def _detach(self) -> None:
         if self._driver is not None:
@@ -401,11 +398,11 @@ class AdversarialTrainerMixin(_Base):
 
     # What the attack keeps ----------------------------------------------------------------------------------------
 
-    def _settle_memory(self) -> None:
-        if self._memory is not None and self._memory_due:
-            total = functools.partial(self.accelerator.reduce, reduction="sum")
-            self._memory.settle(self._inner(self.model_wrapped), total)
-        self._memory_due = False
+    def _settle(self) -> None:
+        total = functools.partial(self.accelerator.reduce, reduction="sum")
+        for each in (self._kept or {}).values() if self._settle_due else ():
+            each.settle(self._inner(self.model_wrapped), total)
+        self._settle_due = False
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # With `auto_find_batch_size` a run starts anew after it has run out of memory.
@@ -414,12 +411,12 @@ class AdversarialTrainerMixin(_Base):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self._memory is None and self._unit == 1.0:
+        if not self._kept and self._unit == 1.0:
             return
-        self._settle_memory()
+        self._settle()
         if self.args.should_save:
-            memory = {} if self._memory is None else self._memory.state_dict()
-            torch.save({"epsilon_unit": self._unit, "memory": memory}, os.path.join(output_dir, STATE_FILE))
+            states = {name: each.state_dict() for name, each in (self._kept or {}).items()}
+            torch.save({"epsilon_unit": self._unit, **states}, os.path.join(output_dir, STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -427,8 +424,8 @@ class AdversarialTrainerMixin(_Base):
         if path is None or not os.path.exists(path):
             return
         state = torch.load(path, map_location=self.args.device, weights_only=True)
-        self._unit, self._unit_known = state["epsilon_unit"], True
-        self._saved_memory = state["memory"]
+        self._unit, self._unit_known = state.pop("epsilon_unit"), True
+        self._saved = state
 
     def _inner(self, model: nn.Module) -> nn.Module:
         """The model inside the wrappers of the engine and of torch.compile, its autocast kept."""

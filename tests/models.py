@@ -12,6 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
+from fgm_trainer.attacks import ATTACKS
 
 VOCABULARY = 30
 CLASSES = 3
@@ -235,6 +236,22 @@ class AdversarialInOrder(_InOrder, AdversarialTrainer):
     pass
 
 
+# Epsilons of a size that shows in a few steps.
+EPSILONS = {"fgm": 1.0, "pgd": 1.0, "noise": 1.0, "awp": 5e-3, "fgsm": 5e-3, "partial_fgm": 0.3}
+EPSILONS |= {"freelb": 0.2, "token_aware": 0.2, "vat": 0.2, "alum": 1e-5, "r3f": 1e-5, "smart": 1e-5}
+
+
+def fixed(**flags):
+    """The flags, with a fixed epsilon of full size from the first step on where they say nothing of it."""
+    method = flags.get("adv_method", "fgm")
+    return {"adv_epsilon": EPSILONS.get(method), "adv_warmup": 0.0} | flags
+
+
+def attack_of(name, **settings):
+    """The method, with a fixed epsilon unless the settings have one."""
+    return ATTACKS[name](**{"epsilon": EPSILONS[name]} | settings)
+
+
 def train(model, data, *, trainer=AdversarialInOrder, batch=4, accumulate=1, lr=0.1, extra=None, **flags):
     """Trains `model` by plain SGD over `data` in order, one epoch unless flags say more; returns the trainer."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -251,6 +268,7 @@ def train(model, data, *, trainer=AdversarialInOrder, batch=4, accumulate=1, lr=
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    flags = fixed(**flags)
     with tempfile.TemporaryDirectory() as folder:
         made = trainer(
             model=model,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import pytest
 import torch
+from models import attack_of
 
 from fgm_trainer import ALUM, AWP, FGM, FGSM, PGD, R3F, SMART, VAT, Attack, FreeLB, Noise, TokenAware, register
 from fgm_trainer.attacks import (
@@ -247,7 +248,7 @@ def test_card(name):
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_cost_is_what_the_card_says(name):
-    attack = ATTACKS[name]() if name == "awp" else ATTACKS[name](scope="example")
+    attack = attack_of(name) if name == "awp" else attack_of(name, scope="example")
     requests = (WeightBench() if name == "awp" else Bench("example")).run(attack)
     trains = sum(isinstance(r, TrainPass) for r in requests)
     glances = sum(isinstance(r, ForwardPass) for r in requests)
@@ -263,7 +264,7 @@ def test_cost_is_what_the_card_says(name):
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_passes_of_pgd(steps):
-    kinds = [type(r) for r in Bench("example").run(PGD(steps=steps, scope="example"))]
+    kinds = [type(r) for r in Bench("example").run(PGD(epsilon=1.0, steps=steps, scope="example"))]
     assert kinds == [TrainPass, *[GradientPass] * (steps - 1), TrainPass]
 
 
@@ -281,14 +282,14 @@ def test_one_step_of_pgd_is_fgm():
 
 
 def test_weights_reach_the_requests():
-    requests = Bench("example").run(FGM(scope="example", weight=0.25, clean_weight=0.5))
+    requests = Bench("example").run(FGM(epsilon=1.0, scope="example", weight=0.25, clean_weight=0.5))
     assert [r.weight for r in requests] == [0.5, 0.25]
 
 
 def test_a_pass_of_weight_zero_becomes_a_look():
-    requests = Bench("example").run(FGM(scope="example", clean_weight=0.0))
+    requests = Bench("example").run(FGM(epsilon=1.0, scope="example", clean_weight=0.0))
     assert [type(r) for r in requests] == [GradientPass, TrainPass]
-    full = Bench("example").run(FGM(scope="example"))
+    full = Bench("example").run(FGM(epsilon=1.0, scope="example"))
     assert torch.equal(requests[-1].delta, full[-1].delta)
 
 
@@ -400,7 +401,7 @@ def test_an_unknown_attack():
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_settings(name):
-    attack = ATTACKS[name]()
+    attack = attack_of(name)
     assert isinstance(attack, Attack)
     assert is_dataclass(attack)
     assert attack.settings() == {"method": name} | {f.name: getattr(attack, f.name) for f in fields(attack)}

@@ -37,7 +37,7 @@ def trained(path, kind, model, steps=3, **parts):
 
 @pytest.mark.parametrize(
     ("theirs", "attack"),
-    [(InPlaceFGM, FGM()), (InPlacePGD, PGD(epsilon=1.0, step_size=0.5, steps=3))],
+    [(InPlaceFGM, FGM(epsilon=1.0)), (InPlacePGD, PGD(epsilon=1.0, step_size=0.5, steps=3))],
 )
 def test_the_circulating_methods_compute_what_ours_do(tmp_path, theirs, attack):
     model = tiny("bert")

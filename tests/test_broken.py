@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import batches, padded_data, tiny
+from models import attack_of, batches, padded_data, tiny
 from test_faults import flags
 from test_public_reports import TINY, apart, gradients, one_step, twice_the_stock_step
 from torch import nn
@@ -240,7 +240,7 @@ def test_a_reference_inside_of_the_model_under_evaluation(off):
 
     PerturbedForward.perturb = keep
     try:
-        evaluate_robustness(Referenced(), data, [FGM(), PGD()], [0.5], progress=False)
+        evaluate_robustness(Referenced(), data, [FGM(epsilon=1.0), PGD(epsilon=1.0)], [0.5], progress=False)
     finally:
         PerturbedForward.perturb = meet
     # In every pair the reference's call comes first.
@@ -405,7 +405,7 @@ def test_a_batch_encoding_stays_one(method, targeted):
     batch = BatchEncoding(one_batch())
     if targeted == "wanted":
         batch["wanted"] = torch.zeros_like(batch["labels"])
-    by_loop(ATTACKS[method](targeted=targeted), loss_of, batch)
+    by_loop(attack_of(method, targeted=targeted), loss_of, batch)
     assert set(kinds) == {BatchEncoding}
 
 
@@ -469,7 +469,7 @@ def test_return_outputs_false_may_be_written_out(tmp_path, method, how):
 
     kind = type("Ours", (AdversarialTrainerMixin, Own), {})
     args = flags(tmp_path, max_steps=1)
-    kind(model=tiny("bert"), args=args, train_dataset=padded_data(tiny("bert")), attack=ATTACKS[method]()).train()
+    kind(model=tiny("bert"), args=args, train_dataset=padded_data(tiny("bert")), attack=attack_of(method)).train()
 
 
 @pytest.mark.parametrize("method", ["fgm", "pgd"])
@@ -572,7 +572,9 @@ def test_evaluating_another_model_in_the_middle_of_training():
     model = tiny("bert").train()
     adversary = Adversary(model, FGM(epsilon=TINY), target=target)
     adversary.backward(one_batch())
-    evaluate_robustness(copy.deepcopy(model), padded_data(model), [FGM()], [0.1], target=target, progress=False)
+    evaluate_robustness(
+        copy.deepcopy(model), padded_data(model), [FGM(epsilon=1.0)], [0.1], target=target, progress=False
+    )
     adversary.backward(one_batch())
     assert apart(gradients(model), stock(lambda m, b: m(**b).loss, one_batch(), times=4)) < 1e-6
 
@@ -602,7 +604,7 @@ def test_a_copy_forgets_its_hooks_kinds():
         copies.append(copy.deepcopy(model))
         return model(**batch).loss
 
-    by_loop(FGM(), loss_of, one_batch(), lambda: model)
+    by_loop(FGM(epsilon=1.0), loss_of, one_batch(), lambda: model)
     for one in copies:
         one(**one_batch())
         for m in one.modules():

@@ -163,7 +163,12 @@ def loop(model, backward):
 @pytest.mark.parametrize(
     ("how", "attack"),
     # awp has hooks on every module: code that they share would have to fit them all.
-    [("function", FGM()), ("function", PGD()), ("method", PGD()), ("function", AWP())],
+    [
+        ("function", FGM(epsilon=1.0)),
+        ("function", PGD(epsilon=1.0)),
+        ("method", PGD(epsilon=1.0)),
+        ("function", AWP(epsilon=5e-3)),
+    ],
     ids=["function, fgm", "function, pgd", "method, pgd", "function, awp"],
 )
 def test_adversary_in_a_loop_on_a_model_that_the_user_compiled(how, attack):
@@ -178,8 +183,8 @@ def test_adversary_in_a_loop_on_a_model_that_the_user_compiled(how, attack):
 
 def test_a_model_may_be_compiled_after_the_adversary_is_made():
     eager, model = bert(), bert()
-    loop(eager, loops.Adversary(eager, FGM()).backward)
-    adversary = loops.Adversary(model, FGM())
+    loop(eager, loops.Adversary(eager, FGM(epsilon=1.0)).backward)
+    adversary = loops.Adversary(model, FGM(epsilon=1.0))
     model.compile(backend="eager")
     assert compiled_once(loop(model, adversary.backward))
     assert far(weights(eager), weights(model)) < 1e-6
@@ -231,7 +236,7 @@ def test_an_adversary_made_after_the_first_plain_steps_is_seen(how):
         model = bert()
         called = compiled(model, way)
         loop(model, lambda batch, called=called: called(**batch).loss.backward())
-        loop(model, loops.Adversary(called, FGM()).backward)
+        loop(model, loops.Adversary(called, FGM(epsilon=1.0)).backward)
         results.append(weights(model))
     assert far(*results) < 1e-6
 
@@ -262,7 +267,7 @@ def test_the_layers_stay_one_graph_and_only_our_hooks_break_it():
     stock, breaks = sizes_of_graphs(lambda model: lambda batch: model(**batch).loss.backward())
     assert not breaks
     torch.compiler.reset()
-    ours, breaks = sizes_of_graphs(lambda model: loops.Adversary(model, FGM()).backward)
+    ours, breaks = sizes_of_graphs(lambda model: loops.Adversary(model, FGM(epsilon=1.0)).backward)
     assert max(ours) > 0.75 * max(stock), (stock, ours)
     assert breaks
     assert all("torch.compiler.disable" in reason for reason in breaks)

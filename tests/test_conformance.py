@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from models import attack_of
 from test_faults import examples, flags, hooks, same, tiny_bert, weights
 from test_precision import INPUT_ATTACKS, VISIBLE
 from transformers import TrainerCallback
@@ -77,7 +78,7 @@ class InOrder(AdversarialTrainer):
 
 def trainer_of(path, name, target, scope, model=None, settings=None, **parts):
     args = flags(path, **{"max_steps": 2, "max_grad_norm": 0.0} | (settings or {}))
-    parts |= {"attack": ATTACKS[name](scope=scope, **VISIBLE.get(name, {})), "target": target}
+    parts |= {"attack": attack_of(name, scope=scope, **VISIBLE.get(name, {})), "target": target}
     return InOrder(model=model or bert(), args=args, train_dataset=data(target), **parts)
 
 
@@ -118,7 +119,7 @@ def test_evaluation_leaves_nothing_behind(name, target, scope):
         weight.grad = torch.ones_like(weight)
     before, modes = weights(model), [m.training for m in model.modules()]
     random_state = torch.get_rng_state()
-    attack = ATTACKS[name](scope=scope, **VISIBLE.get(name, {}))
+    attack = attack_of(name, scope=scope, **VISIBLE.get(name, {}))
     parts = {"target": target, "batch_size": 4, "collate_fn": default_data_collator, "progress": False}
     report = evaluate_robustness(model, data(target), [attack], [0.5, 50.0], **parts)
     assert report == evaluate_robustness(model, data(target), [attack], [0.5, 50.0], **parts)

@@ -231,7 +231,7 @@ def refusal(name):
     model = kind(kind.config_class(**small | {"pad_token_id": PAD, "num_labels": 3})).train()
     batch = {"input_ids": torch.randint(5, 30, (2, 8)), "labels": torch.tensor([0, 1])}
     with pytest.raises((ValueError, RuntimeError)) as error:
-        Adversary(model, FGM()).backward(batch)
+        Adversary(model, FGM(epsilon=1.0)).backward(batch)
     return str(error.value)
 
 

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from models import fixed
 from safetensors.torch import load_file
 from transformers import (
     BartConfig,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from fgm_trainer import PGD, AdversarialTrainer, AdversarialTrainingArguments
+from fgm_trainer.arguments import AdversarialArguments
 from fgm_trainer.perturbation.forward_pass import PerturbedForward
 
 
@@ -61,6 +63,8 @@ def flags(path, kind=AdversarialTrainingArguments, **settings):
         "logging_steps": 1,
         "disable_tqdm": True,
     }
+    if issubclass(kind, AdversarialArguments):
+        settings = fixed(**settings)
     return kind(**common | settings)
 
 
@@ -325,7 +329,7 @@ def test_training_twice_and_evaluating_between_leaves_nothing_behind(tmp_path):
     )
     trainer.train()
     kept = copy.deepcopy(weights(model))
-    report = trainer.evaluate_robustness(attacks=[PGD(steps=2)], epsilons=[0.1, 0.5])
+    report = trainer.evaluate_robustness(attacks=[PGD(epsilon=1.0, steps=2)], epsilons=[0.1, 0.5])
     same(weights(model), kept)
     assert hooks(model) == before
     assert report.examples == 8

@@ -119,7 +119,7 @@ def test_the_part_of_a_batch_is_the_share_on_average():
 
 def test_a_share_that_makes_no_sense():
     with pytest.raises(ValueError, match=r"share must be above 0 and at most 1; found 0\. clean_weight must be left"):
-        PartialFGM(share=0, clean_weight=0.5)
+        PartialFGM(epsilon=0.3, share=0, clean_weight=0.5)
 
 
 def test_a_part_of_the_batch_needs_one_row_an_example():

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from models import attack_of
 from test_faults import examples, flags, hooks, tiny_bart, tiny_bert
 from test_precision import INPUT_ATTACKS, VISIBLE
 from test_trainer import Snippet, agree, far, run
@@ -19,7 +20,6 @@ from transformers import (
 )
 
 from fgm_trainer import FGM, AdversarialTrainer, AdversarialTrainerMixin
-from fgm_trainer.attacks import ATTACKS
 from fgm_trainer.engine.schedule import in_steps
 from fgm_trainer.loops import Adversary
 from fgm_trainer.perturbation.forward_pass import PerturbedForward
@@ -239,7 +239,7 @@ def test_a_lookup_that_a_checkpointed_layer_repeats(tmp_path, name):
         model.bert.embeddings.word_embeddings.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if repeats:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        attack = ATTACKS[name](**VISIBLE.get(name, {}))
+        attack = attack_of(name, **VISIBLE.get(name, {}))
         trained.append((run(AdversarialTrainer, tmp_path, model, attack=attack)[1], len(calls)))
     (plain, once), (repeated, often) = trained
     assert often > once

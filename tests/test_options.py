@@ -74,7 +74,7 @@ def test_a_unit_that_does_not_exist(tmp_path):
     with pytest.raises(ValueError, match=r"adv_epsilon_unit must be one of absolute, embedding; found 'token'\."):
         flags(tmp_path, adv_epsilon_unit="token")
     with pytest.raises(ValueError, match=r"epsilon_unit must be one of absolute, embedding; found 'token'\."):
-        loops.Adversary(tiny_bert(), FGM(), epsilon_unit="token")
+        loops.Adversary(tiny_bert(), FGM(epsilon=1.0), epsilon_unit="token")
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_weights_are_perturbed_where_they_are_read_and_never_written(tmp_path):
     model = tiny_bert()
     trainer = Watched(model=model, args=flags(tmp_path, adv_method="awp"), train_dataset=examples())
     trainer.train()
-    assert trainer.state.log_history[0]["adv_delta_ratio"] == pytest.approx(AWP().epsilon, rel=1e-4)
+    assert trainer.state.log_history[0]["adv_delta_ratio"] == pytest.approx(AWP(epsilon=5e-3).epsilon, rel=1e-4)
     assert sum(hooks(model)) == 0
     assert not [m for m in model.modules() if "weight" in m.__dict__]
 
@@ -248,7 +248,7 @@ def test_resume_with_a_memory_is_bit_equal(tmp_path, attack):
 
 
 def test_a_checkpoint_has_the_file_only_where_there_is_something_to_keep(tmp_path):
-    trained(tmp_path, FGM(), save_strategy="steps", save_steps=2)
+    trained(tmp_path, FGM(epsilon=1.0), save_strategy="steps", save_steps=2)
     assert not (tmp_path / "checkpoint-2" / STATE_FILE).exists()
 
 

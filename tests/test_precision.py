@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from models import attack_of
 from test_faults import examples, flags, same, tiny_bert, weights
 from test_trainer import CHECKPOINTING
 from torch import nn
@@ -242,7 +243,7 @@ def test_a_perturbation_of_the_wrong_sign_would_be_far_from_that(tmp_path, name,
 
 @pytest.mark.parametrize("name", ["fgm", "noise", "pgd"])
 def test_a_bf16_model_is_attacked_as_a_float32_one(tmp_path, added, name):
-    attack = ATTACKS[name](scope="example")
+    attack = attack_of(name, scope="example")
     full = by_trainer(tmp_path, bert(), attack)
     in_full = added[0]
     added.clear()
@@ -259,9 +260,9 @@ def test_a_bf16_model_is_attacked_as_a_float32_one(tmp_path, added, name):
 
 SCALED = {
     "fgm, no norm": FGM(scope="example", norm="none", epsilon=50.0),
-    "fgm": FGM(),
+    "fgm": FGM(epsilon=1.0),
     "pgd, no norm": PGD(scope="example", norm="none", epsilon=50.0),
-    "pgd": PGD(weight=0.5),
+    "pgd": PGD(epsilon=1.0, weight=0.5),
     "adversarial examples alone": FGM(clean_weight=0.0, norm="none", scope="example", epsilon=50.0),
 }
 
@@ -287,7 +288,7 @@ def test_a_loss_scale_is_divided_out_to_the_last_bit(tmp_path, added, answers, t
 
 
 @WAYS
-@pytest.mark.parametrize("attack", [FGM(), PGD(scope="example")], ids=lambda a: a.name)
+@pytest.mark.parametrize("attack", [FGM(epsilon=1.0), PGD(epsilon=1.0, scope="example")], ids=lambda a: a.name)
 def test_fp16_autocast_with_a_loss_scale_learns_as_float32_does(tmp_path, added, train, attack):
     full = train(tmp_path, bert(), attack)
     in_full = added[0]
@@ -300,7 +301,7 @@ def test_fp16_autocast_with_a_loss_scale_learns_as_float32_does(tmp_path, added,
 
 
 @WAYS
-@pytest.mark.parametrize("attack", [FGM(), PGD()], ids=lambda a: a.name)
+@pytest.mark.parametrize("attack", [FGM(epsilon=1.0), PGD(epsilon=1.0)], ids=lambda a: a.name)
 def test_a_gradient_that_float16_holds_only_scaled_keeps_its_direction(tmp_path, added, train, attack):
     def runs(*scale):
         model = bert()
@@ -336,10 +337,10 @@ def overflow(model, at, value=float("inf"), rows=slice(None), positions=slice(No
 
 # The passes of the second step.
 PLACES = {
-    "clean": (FGM(), 2),
-    "adversarial": (FGM(), 3),
-    "clean, pgd": (PGD(steps=2, scope="example"), 3),
-    "adversarial, pgd": (PGD(steps=2, scope="example"), 5),
+    "clean": (FGM(epsilon=1.0), 2),
+    "adversarial": (FGM(epsilon=1.0), 3),
+    "clean, pgd": (PGD(epsilon=1.0, steps=2, scope="example"), 3),
+    "adversarial, pgd": (PGD(epsilon=1.0, steps=2, scope="example"), 5),
 }
 
 
@@ -362,7 +363,7 @@ def test_an_overflow_in_a_training_pass_skips_the_step_as_in_a_stock_run(tmp_pat
 
 @WAYS
 def test_an_overflow_in_a_look_alone_costs_its_direction_and_no_step(tmp_path, added, train):
-    ours = train(tmp_path, overflow(bert(), {4}), PGD(steps=2, scope="example"), SCALE)
+    ours = train(tmp_path, overflow(bert(), {4}), PGD(epsilon=1.0, steps=2, scope="example"), SCALE)
     assert ours.taken() == [True] * STEPS
     assert ours.scales == [SCALE] * STEPS
     look, last = added[2:4]
@@ -376,7 +377,7 @@ def test_an_overflow_in_a_look_alone_costs_its_direction_and_no_step(tmp_path, a
 @WAYS
 @pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
 def test_a_gradient_that_is_not_finite_zeroes_its_own_unit_alone(tmp_path, added, train, scope):
-    attack = FGM(scope=scope)
+    attack = FGM(epsilon=1.0, scope=scope)
     settings = {"steps": 1, "gradient_accumulation_steps": 2}
     train(tmp_path, bert(), attack, SCALE, **settings)
     first, second = added
@@ -393,14 +394,16 @@ def test_a_gradient_that_is_not_finite_zeroes_its_own_unit_alone(tmp_path, added
 
 def test_after_an_overflow_all_is_as_if_that_batch_had_not_been():
     data = batches(4)
-    whole = by_loop(None, overflow(bert(), {3}), PGD(steps=2), SCALE, data=data)
-    without = by_loop(None, bert(), PGD(steps=2), SCALE, data=data[:1] + data[2:])
+    whole = by_loop(None, overflow(bert(), {3}), PGD(epsilon=1.0, steps=2), SCALE, data=data)
+    without = by_loop(None, bert(), PGD(epsilon=1.0, steps=2), SCALE, data=data[:1] + data[2:])
     same(whole.weights[-1], without.weights[-1])
     assert whole.rates[-1] == without.rates[-1]
 
 
 @WAYS
-@pytest.mark.parametrize("attack", [None, FGM(), PGD(scope="example")], ids=["stock", "fgm", "pgd"])
+@pytest.mark.parametrize(
+    "attack", [None, FGM(epsilon=1.0), PGD(epsilon=1.0, scope="example")], ids=["stock", "fgm", "pgd"]
+)
 def test_a_loss_scale_too_large_for_float16_falls_until_training_goes_on(tmp_path, added, train, attack):
     ours = train(tmp_path, bert(), attack, 2.0**24, autocast=True, steps=14)
     taken = ours.taken()

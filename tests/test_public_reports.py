@@ -8,7 +8,7 @@ import io
 
 import pytest
 import torch
-from models import batches, padded_data, tiny
+from models import attack_of, batches, padded_data, tiny
 from test_faults import flags
 from torch import nn
 from torch.nn import functional
@@ -233,13 +233,13 @@ def halved(kind):
 def test_a_batch_in_two_parts(tmp_path, kind, method):
     """Each part is what a step on that part alone would be, gradients added up."""
     data = padded_data(tiny("bert"), size=8)
-    attack = ATTACKS[method](scope="example")
+    attack = attack_of(method, scope="example")
     ours = one_step(halved(kind), tiny("bert"), tmp_path, data, attack)
     theirs = {}
     if method in ("noise", "freelb", "token_aware", "vat", "smart", "alum", "r3f"):
         # What is drawn depends on the shapes, so at a vanishing size.
         sizes = {name: TINY for name in attack.lengths if getattr(attack, name) is not None or name == "epsilon"}
-        ours = one_step(halved(kind), tiny("bert"), tmp_path, data, ATTACKS[method](scope="example", **sizes))
+        ours = one_step(halved(kind), tiny("bert"), tmp_path, data, attack_of(method, scope="example", **sizes))
         stock = one_step(halved(kind), tiny("bert"), tmp_path, data, None)
         factor = 2 if method == "noise" else 1
         assert apart(ours, {n: factor * g for n, g in stock.items()}) < 1e-5
@@ -253,7 +253,7 @@ def test_a_batch_in_two_parts(tmp_path, kind, method):
 def test_a_part_of_a_batch_in_two_parts_is_refused_or_right(tmp_path):
     data = padded_data(tiny("bert"), size=8)
     with pytest.raises(RuntimeError, match="part of the batch"):
-        one_step(halved(TwoBackwards), tiny("bert"), tmp_path, data, PartialFGM())
+        one_step(halved(TwoBackwards), tiny("bert"), tmp_path, data, PartialFGM(epsilon=0.3))
 
 
 class _Chunks(torch.autograd.Function):
@@ -300,7 +300,7 @@ def test_gradient_caching_is_what_one_pass_without_it_is(tmp_path, scope):
     assert apart(cached, one_step(Whole, tiny("bert"), tmp_path, data, attack)) < 1e-9
 
 
-@pytest.mark.parametrize("attack", [PGD(), FreeLB()], ids=lambda a: a.name)
+@pytest.mark.parametrize("attack", [PGD(epsilon=1.0), FreeLB(epsilon=0.2)], ids=lambda a: a.name)
 def test_gradient_caching_refuses_by_name_what_it_can_not_give(tmp_path, attack):
     data = padded_data(tiny("bert"), size=8)
     with pytest.raises(RuntimeError, match="gradient caching"):
@@ -427,7 +427,7 @@ def test_a_bag_of_words_has_no_tokens(tmp_path):
     adversary.backward(batch)
     adversary.close()
     with pytest.raises(ValueError, match="adv_scope 'vocabulary' does not exist"):
-        Adversary(Bag(), FGM(scope="vocabulary"), target="words")
+        Adversary(Bag(), FGM(epsilon=1.0, scope="vocabulary"), target="words")
 
 
 # 4. Copies of a model -----------------------------------------------------------------------------------------------

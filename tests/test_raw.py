@@ -381,14 +381,14 @@ class Counting:
 ATTACKS = {
     "fgm": (FGM(epsilon=1.0), {}),
     "pgd": (PGD(epsilon=1.0, steps=2), {"adv_method": "pgd", "adv_steps": 2}),
-    "weights": (FGM(weight=0.5, clean_weight=0.25), {"adv_weight": 0.5, "adv_clean_weight": 0.25}),
-    "adversarial only": (FGM(clean_weight=0.0), {"adv_clean_weight": 0.0}),
+    "weights": (FGM(epsilon=1.0, weight=0.5, clean_weight=0.25), {"adv_weight": 0.5, "adv_clean_weight": 0.25}),
+    "adversarial only": (FGM(epsilon=1.0, clean_weight=0.0), {"adv_clean_weight": 0.0}),
     # The raw gradient: whatever the loss was multiplied by must be taken out again.
     "none": (
         FGM(epsilon=9.0, norm="none", clean_weight=0.5),
         {"adv_epsilon": 9.0, "adv_norm": "none", "adv_clean_weight": 0.5},
     ),
-    "example": (FGM(scope="example"), {"adv_scope": "example"}),
+    "example": (FGM(epsilon=1.0, scope="example"), {"adv_scope": "example"}),
     "token": (
         FGM(epsilon=0.3, scope="token", norm="linf"),
         {"adv_epsilon": 0.3, "adv_scope": "token", "adv_norm": "linf"},
@@ -479,7 +479,7 @@ def test_adversary_after_an_exception():
     batch = batches(padded_data(model, size=4), 4)[0]
     before, bare = weights(model), hooks(model)
     accelerator = Counting()
-    adversary = loops.Adversary(model, FGM(), accelerator=accelerator)
+    adversary = loops.Adversary(model, FGM(epsilon=1.0), accelerator=accelerator)
     calls = []
 
     def loss_of(model, batch):
@@ -502,11 +502,11 @@ def test_adversary_refuses():
     with pytest.raises(
         ValueError, match=r"adv_target='bert.encoder.layers.0': .* has no such module. Near names: bert"
     ):
-        loops.Adversary(model, FGM(), target="bert.encoder.layers.0")
+        loops.Adversary(model, FGM(epsilon=1.0), target="bert.encoder.layers.0")
     message = r"adv_scope 'vocabulary' does not exist at adv_target .*; choose one of: example, token\."
     with pytest.raises(ValueError, match=message):
-        loops.Adversary(model, FGM(scope="vocabulary"), target="bert.encoder.layer.0")
+        loops.Adversary(model, FGM(epsilon=1.0, scope="vocabulary"), target="bert.encoder.layer.0")
     batch = batches(padded_data(model, size=4), 4)[0]
     embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
     with pytest.raises(RuntimeError, match="The batch holds `inputs_embeds` and no `input_ids`"):
-        loops.Adversary(model, FGM()).backward({**batch, "inputs_embeds": embeds})
+        loops.Adversary(model, FGM(epsilon=1.0)).backward({**batch, "inputs_embeds": embeds})

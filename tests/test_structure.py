@@ -37,8 +37,8 @@ INSIDE = {
         "weights",
         "targets",
     ],
-    "engine": ["schedule", "dropout", "accelerate", "driver"],
-    "robustness": ["evaluate", "plotting", "epsilon"],
+    "engine": ["schedule", "dropout", "accelerate", "driver", "guessing", "controller"],
+    "robustness": ["evaluate", "plotting"],
 }
 
 

@@ -413,5 +413,5 @@ def test_a_pass_whose_loss_failed_and_was_tried_again_is_measured_as_any(tmp_pat
     for kind in (Trainer, TriesAgain):
         model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
         ours = type("Ours", (AdversarialTrainerMixin, kind), {})
-        trained.append(run(ours, tmp_path, model, attack=FGM(weight=0.5))[1])
+        trained.append(run(ours, tmp_path, model, attack=FGM(epsilon=1.0, weight=0.5))[1])
     agree(*trained)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from models import batches, padded_data, tiny
+from models import attack_of, batches, padded_data, tiny
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_faults import flags
 from test_public_reports import apart, gradients, one_step
@@ -61,7 +61,7 @@ def pixels(mean=0.0, deviation=1.0):
 NORMALISED = {"mean": 0.45, "deviation": 0.225}
 
 
-@pytest.mark.parametrize("attack", [FGM(epsilon=0.1), PGD(epsilon=0.1), FreeLB(epsilon=0.1), PartialFGM()])
+@pytest.mark.parametrize("attack", [FGM(epsilon=0.1), PGD(epsilon=0.1), FreeLB(epsilon=0.1), PartialFGM(epsilon=0.3)])
 def test_a_range_before_normalisation_on_normalised_pixels_is_refused_at_the_first_batch(tmp_path, attack):
     model = Pixels()
     before = copy.deepcopy(model.state_dict())
@@ -194,7 +194,7 @@ def test_rows_that_may_belong_to_any_example_are_refused_at_the_first_batch(targ
         adversary.backward(patches(grid=False))
     adversary.close()
     with pytest.raises(ValueError, match=r"'pixel_values' has 12 rows for 3 examples\. Choose a method"):
-        Adversary(Patches(), PartialFGM(), target="pixel_values").backward(patches())
+        Adversary(Patches(), PartialFGM(epsilon=0.3), target="pixel_values").backward(patches())
 
 
 # 10. Padding behind virtual tokens ----------------------------------------------------------------------------------
@@ -263,12 +263,12 @@ def test_a_loss_that_pops_from_its_batch(method, nested):
         return functional.cross_entropy(logits, labels), {"logits": logits}
 
     before = {k: v.clone() for k, v in batch.items()}
-    adversary = Adversary(model, ATTACKS[method](scope="example"))
+    adversary = Adversary(model, attack_of(method, scope="example"))
     adversary.backward(given, loss_of)
     assert batch.keys() == before.keys()
     popped = gradients(model)
     model.zero_grad()
-    again = Adversary(model, ATTACKS[method](scope="example"))
+    again = Adversary(model, attack_of(method, scope="example"))
     again.backward(batch, lambda model, batch: (lambda out: (out.loss, out))(model(**batch)))
     assert apart(popped, gradients(model)) < 1e-12
 

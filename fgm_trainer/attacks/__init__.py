@@ -5,6 +5,7 @@ import pkgutil
 
 from .base import (
     ATTACKS,
+    AUTO,
     Answer,
     Attack,
     ForwardPass,
@@ -44,6 +45,7 @@ from .vat import VAT  # noqa: E402
 __all__ = [
     "ALUM",
     "ATTACKS",
+    "AUTO",
     "AWP",
     "FGM",
     "FGSM",

@@ -23,7 +23,8 @@ class ALUM(SMART):
 
     Cost: 2 full passes and 1 forward pass, and `steps` passes without weight gradients.
 
-    Defaults: the paper's epsilon 1e-5, step_size 1e-3, sigma 1e-5, 1 step; weight 10 in pre-training, 1 in fine-tuning.
+    Defaults: as SMART's. Published: epsilon 1e-5, step_size 1e-3, sigma 1e-5, weight 10 in pre-training, 1 in
+    fine-tuning.
     The gradient is that of one example's own divergence, so it does not shrink as the batch grows.
 
     Limits: the public code is SMART's, which normalises; we follow the paper. With a raw gradient the perturbation is
@@ -33,7 +34,7 @@ class ALUM(SMART):
     """
 
     def ascent(self, answer: Any, epsilon: float) -> Tensor:
-        size = epsilon if self.step_size is None else self.step_size
         # The objective is a mean over examples; the paper's gradient is one example's.
         raw: Tensor = answer.units.pool(answer.gradient) * answer.gradient.shape[0]
-        return size * raw.nan_to_num(0.0, 0.0, 0.0)
+        raw = raw.nan_to_num(0.0, 0.0, 0.0) * self._size(epsilon)
+        return raw

@@ -21,8 +21,9 @@ class AWP(Attack):
 
     Cost: 2 full passes.
 
-    Defaults: the paper's epsilon is 5e-3 for PreAct ResNet-18. Kaggle's common code steps by the whole weight and
-    clamps each entry to 1e-4 of itself, after some epochs without attack (`adv_start`).
+    Defaults: epsilon `auto`. Published: 5e-3 for PreAct ResNet-18; from the first step of fine-tuning on it can ruin a
+    run. Kaggle's common code steps by the whole weight and clamps each entry to 1e-4 of itself, after some epochs
+    without attack (`adv_start`).
 
     Limits: one step on clean inputs; the paper takes its gradient at adversarial ones. Holds the gradient, the
     perturbation and the moved weights, three tensors of the weights' size. Biases and norms' scales are left alone,
@@ -33,7 +34,6 @@ class AWP(Attack):
     2004.05884.
     """
 
-    epsilon: float = 5e-3
     default_target: ClassVar[str] = "weights"
     default_scope: ClassVar[str] = "tensor"
     # Epsilon is relative to each weight already.

@@ -19,6 +19,9 @@ from ..perturbation.divergence import Against, Outputs
 from ..perturbation.forward_pass import Draw
 from ..perturbation.geometry import NORMS, SCOPES, Units
 
+# The epsilon that is found while training (`engine.controller`).
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class TrainPass:
@@ -126,13 +129,13 @@ class Step:
     """What a step is told.
 
     Args:
-        epsilon: this step's epsilon, which a schedule may have lowered.
+        epsilon: this step's epsilon, which a schedule may have lowered; a scalar tensor where it is `auto`.
         seed: of whatever is random in this step.
         memory: what `Attack.new_memory` made at the start of the run.
         examples: how many examples the micro-batch has.
     """
 
-    epsilon: float
+    epsilon: Any
     seed: int = 0
     memory: Any = None
     examples: int = 0
@@ -150,7 +153,7 @@ class Attack:
 
     Args:
         epsilon: the size of the perturbation: the length of each unit in `norm`; for norm `none` the constant that
-            multiplies the gradient.
+            multiplies the gradient. `auto` finds it while training (`engine.controller.EpsilonController`).
         scope: over which entries a norm is taken, one of `geometry.SCOPES`; None for the method's default.
         norm: one of `geometry.NORMS`.
         weight: factor of the adversarial loss.
@@ -159,7 +162,7 @@ class Attack:
             first pass of the step), or the name of a column of the data that holds it.
     """
 
-    epsilon: float = 1.0
+    epsilon: float | str = AUTO
     scope: str | None = None
     norm: str = "l2"
     weight: float = 1.0
@@ -184,9 +187,9 @@ class Attack:
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         found = [
-            f"{name} must be a finite number, 0 or more; found {value!r}."
+            f"{name} must be a finite number, 0 or more{' or auto' * (name == 'epsilon')}; found {value!r}."
             for name, value in (("epsilon", self.epsilon), ("weight", self.weight), ("clean_weight", self.clean_weight))
-            if not (_is_number(value) and value >= 0)
+            if not (_is_size(value) or (name == "epsilon" and value == AUTO))
         ]
         if self.weight == 0:
             found.append("weight must be above 0, or the adversarial pass trains nothing; epsilon=0 turns it off.")
@@ -203,7 +206,7 @@ class Attack:
         for name in self.lengths:
             value = getattr(self, name)
             known = name in ("epsilon", "step_size") or value is None
-            if not known and not (_is_number(value) and value >= 0):
+            if not known and not _is_size(value):
                 found.append(f"{name} must be a finite number, 0 or more; found {value!r}.")
         return found
 
@@ -234,7 +237,7 @@ class Attack:
         if unit == 1:
             return self
         given = {name: getattr(self, name) for name in self.lengths}
-        return replace(self, **{name: value * unit for name, value in given.items() if value is not None})
+        return replace(self, **{n: value * unit for n, value in given.items() if value not in (None, AUTO)})
 
     def step(self, answer: PassResult, size: float) -> Tensor:
         """The perturbation of length `size` along the gradient (`geometry.ascent`)."""
@@ -329,8 +332,8 @@ def _weighted(request: Request, attack: Attack) -> Request:
     return replace(request, weight=weight, against=against)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 ATTACKS: dict[str, type[Attack]] = {}

@@ -17,7 +17,8 @@ class FGM(Attack):
 
     Cost: 2 full passes.
 
-    Defaults: the paper's epsilon is 5 on embeddings normalised to unit variance; the snippet's is 1.0.
+    Defaults: epsilon `auto`. Published: 5 on embeddings normalised to unit variance (paper); 1.0 from the first step
+    on (snippet: epsilon=1.0, `adv_warmup=0`).
 
     Limits: epsilon in scope `vocabulary` is shared by the micro-batch, so the length that one example gets falls as
     the batch grows: `adv_delta_norm` in the log says what was applied.

@@ -20,8 +20,8 @@ class FGSM(FGM):
 
     Cost: 2 full passes.
 
-    Defaults: the paper's epsilon is 0.25 on MNIST's pixels in [0, 1] and 0.1 on CIFAR-10. For embeddings there is no
-    published one; 0.005 in every entry is about 0.5 in length for 32 tokens of 384 numbers.
+    Defaults: epsilon `auto`. Published: 0.25 on MNIST's pixels in [0, 1] and 0.1 on CIFAR-10; for embeddings nothing.
+    0.005 in every entry is about 0.5 in length for 32 tokens of 384 numbers.
 
     Limits: the length grows with the square root of the number of entries, so long texts are moved further. One step
     can be learned by heart ("catastrophic overfitting"): check with `pgd` whether the robustness is real.
@@ -30,6 +30,5 @@ class FGSM(FGM):
     1412.6572.
     """
 
-    epsilon: float = 0.005
     norm: str = "linf"
     default_scope: ClassVar[str] = "example"

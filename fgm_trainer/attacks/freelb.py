@@ -25,9 +25,9 @@ class FreeLB(Iterated):
 
     Cost: 3 full passes, one for each of `steps`; one more with `clean`.
 
-    Defaults: per task, (step_size, init, epsilon, steps) of RoBERTa-large: RTE .06/.16/.14/3, CoLA .025/.4/.3/3,
-    SST-2 .1/1/.6/2, QNLI .1/.2/.2/2, QQP .2/.32/.7/2, MNLI .1/.1/.3/2. Here 3 steps, epsilon 0.2, step_size epsilon /
-    2, init epsilon.
+    Defaults: epsilon `auto`, 3 steps, step_size epsilon / 2, init epsilon. Published, (step_size, init, epsilon, steps)
+    of RoBERTa-large: RTE .06/.16/.14/3, CoLA .025/.4/.3/3, SST-2 .1/1/.6/2, QNLI .1/.2/.2/2, QQP .2/.32/.7/2, MNLI
+    .1/.1/.3/2.
 
     Limits: all passes share their dropout masks, as in the paper. No pass is clean unless `clean` is set or `init` is
     0 (one user's SST-2 rose from 91.9 to 93.5 with a clean pass). The public code's "linf" divides by the largest
@@ -44,7 +44,6 @@ class FreeLB(Iterated):
         clean: train on a clean pass as well, with weight `clean_weight`.
     """
 
-    epsilon: float = 0.2
     init: float | None = None
     clean: bool = False
     default_scope: ClassVar[str] = "example"

@@ -18,7 +18,7 @@ class Noise(Attack):
 
     Cost: 2 full passes.
 
-    Defaults: none published; epsilon as for the attack that it controls.
+    Defaults: epsilon `auto`. As a control give it the epsilon of the attack that it controls.
 
     Limits: not an attack. In high dimension a random direction is nearly orthogonal to the gradient.
 

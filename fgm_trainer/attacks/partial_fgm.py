@@ -24,7 +24,7 @@ class PartialFGM(Attack):
 
     Cost: 1 full pass, and share of a pass without weight gradients: about 1 + 2/3 share.
 
-    Defaults: no paper has it; docs/performance.md measures share and epsilon against FGM.
+    Defaults: epsilon `auto`, share 0.4. No paper has it; docs/performance.md measures share and epsilon against FGM.
 
     Limits: clean and adversarial examples have the same weight, and `weight` is that of both. A loss that compares the
     examples of a batch with each other sees a smaller batch in the first pass. Norm `none` keeps the longer gradients
@@ -37,7 +37,6 @@ class PartialFGM(Attack):
         share: the part of the examples that is attacked, above 0, at most 1; at least one example is.
     """
 
-    epsilon: float = 0.3
     share: float = 0.4
     looks: ClassVar[bool] = True
     default_scope: ClassVar[str] = "example"

@@ -22,7 +22,7 @@ class PGD(Iterated):
 
     Cost: 2 full passes and steps - 1 passes without weight gradients; one more with a random start.
 
-    Defaults: 3 steps of size 2.5 * epsilon / steps (Madry et al., appendix: 2.5 * epsilon / 100 for 100 steps).
+    Defaults: epsilon `auto`, 3 steps of 2.5 * epsilon / steps (Madry et al., appendix: 2.5 * epsilon / 100 for 100).
 
     Limits: without a random start the first step has FGM's direction. With one it starts in a random direction at
     half of the radius, where Madry et al. start uniformly in the ball.

@@ -23,8 +23,8 @@ class R3F(Attack):
     Cost: 2 full passes and 1 forward pass. Both branches of a divergence are trained one after the other, each against
     the other's fixed outputs and with its own dropout masks, which is the joint gradient.
 
-    Defaults: epsilon 1e-5, weight 1.0 (RTE 0.7); the paper also tries normal noise. With norm `l2` the noise is
-    projected onto that ball.
+    Defaults: epsilon `auto`, weight 1. Published: epsilon 1e-5, weight 1.0 (RTE 0.7), also with normal noise. With norm
+    `l2` the noise is projected onto that ball.
 
     Limits: not an attack. At epsilon 1e-5 the divergence is mostly that of two dropout masks. Regression compares
     squared differences, where fairseq's code drops the term.
@@ -33,7 +33,6 @@ class R3F(Attack):
     2008.03156.
     """
 
-    epsilon: float = 1e-5
     norm: str = "linf"
     default_scope: ClassVar[str] = "example"
     compares: ClassVar[bool] = True

@@ -29,8 +29,8 @@ class SMART(Iterated):
     Cost: 2 full passes and 1 forward pass, and `steps` passes without weight gradients; `bregman` adds a forward pass
     and a copy of the weights.
 
-    Defaults: the paper's sigma 1e-5, epsilon 1e-5, step_size 1e-3, 1 step, weight among 1, 3, 5, mu 1, decay 0.99
-    (then 0.999). Here mu is 0 unless asked for.
+    Defaults: epsilon `auto`, in the paper's proportions: sigma = epsilon, step_size = 100 * epsilon; 1 step, weight 1,
+    mu 0. Published: epsilon 1e-5, weight among 1, 3, 5, mu 1, decay 0.99 (then 0.999).
 
     Limits: the public code differs from algorithm 1: its `epsilon` of 1e-6 guards a division, it ascends on the KL
     divergence of one direction, and what it ends with is not projected but, in some versions, divided by its largest
@@ -43,17 +43,15 @@ class SMART(Iterated):
 
     Args:
         steps: the number of ascent steps.
-        step_size: the length of one step.
-        sigma: standard deviation of the noise at the start.
+        step_size: the length of one step; None for 100 * epsilon.
+        sigma: standard deviation of the noise at the start; None for epsilon.
         bregman: factor of the proximal term, mu; 0 for none.
         decay: of the running mean of the weights.
     """
 
-    epsilon: float = 1e-5
     norm: str = "max"
     steps: int = 1
-    step_size: float | None = 1e-3
-    sigma: float = 1e-5
+    sigma: float | None = None
     bregman: float = 0.0
     decay: float = 0.99
     default_scope: ClassVar[str] = "example"
@@ -79,13 +77,16 @@ class SMART(Iterated):
         return RunningMean(self.decay) if self.bregman else None
 
     def ascent(self, answer: Any, epsilon: float) -> Tensor:
-        """One step: the gradient over its largest entry, times `step_size` (of epsilon's size where None)."""
-        return self.step(answer, epsilon if self.step_size is None else self.step_size)
+        """One step: the gradient over its largest entry, times `step_size`."""
+        return self.step(answer, self._size(epsilon))
+
+    def _size(self, epsilon: Any) -> Any:
+        return 100 * epsilon if self.step_size is None else self.step_size
 
     def passes(self, step: Step) -> Passes:
         clean = yield ForwardPass(masks="clean")
         apart = (Against(clean.outputs, self.divergence),)
-        noise = self.sigma * gaussian(clean.gradient, clean.units, step.seed)
+        noise = (step.epsilon if self.sigma is None else self.sigma) * gaussian(clean.gradient, clean.units, step.seed)
         delta = project(noise, step.epsilon, self.norm, clean.units)
         for _ in range(self.steps):
             answer = yield GradientPass(delta, against=apart)

@@ -22,8 +22,8 @@ class VAT(Attack):
 
     Cost: 2 full passes and `iterations` passes without weight gradients.
 
-    Defaults: one iteration, weight 1; the paper's xi is 1e-6. For text (Miyato et al. 2017) epsilon is 5 on
-    embeddings normalised to unit variance, and the public code's xi 0.1. Here epsilon 0.2 and xi = epsilon / 10.
+    Defaults: epsilon `auto`, xi = epsilon / 10, one iteration, weight 1. Published: xi 1e-6; for text (Miyato et al.
+    2017) epsilon 5 on embeddings normalised to unit variance, in the public code with xi 0.1.
 
     Limits: near zero the divergence is quadratic, so its gradient is of the size of xi: in bfloat16 take xi near
     epsilon, or the direction is rounding. All passes of a step share their dropout masks, or the divergence would be
@@ -38,7 +38,6 @@ class VAT(Attack):
         xi: the length at which the divergence is differentiated; None for epsilon / 10.
     """
 
-    epsilon: float = 0.2
     iterations: int = 1
     xi: float | None = None
     default_scope: ClassVar[str] = "example"

@@ -78,11 +78,11 @@ class Driver:
             micro_batches: of how many the loop itself takes the mean; None where the engine does.
 
         Returns:
-            The training passes, in order.
+            The passes, in order.
         """
         state = _MicroBatch(self, batch, batch if given is None else given, run_pass, micro_batches)
         run(self.attack, step, state.train, state.look)
-        return state.trained
+        return state.passes
 
     def check(self, batch: Any, run_pass: RunPass) -> Tensor:
         """A clean training pass that finds out whether this batch can be attacked; returns what the loop reports."""
@@ -129,7 +129,7 @@ class _MicroBatch:
         self._kept, self._versions = cloned(batch), versions_in(batch)
         self.run_pass, self.micro_batches = run_pass, micro_batches
         self.calls: StepCalls = driver.target.step_calls(driver._scope, driver._defers)
-        self.trained: list[RunningPass] = []
+        self.passes: list[RunningPass] = []
         self._masks = Masks(driver._device, driver._same_dropout)
 
     @property
@@ -145,7 +145,7 @@ class _MicroBatch:
         if not driver._trains:
             return self._measure(request, last)
         running = RunningPass(self, request, self.batch, gradient=not last, trains=True)
-        self.trained.append(running)
+        self.passes.append(running)
         local = nullcontext() if last else driver.engine.local_gradients()
         with self._masks.drawn(request.masks), local, driver.target.perturbed(running.forward_pass):
             running.reported = running.run(driver.engine.wrapped)
@@ -164,13 +164,14 @@ class _MicroBatch:
         if isinstance(request, ForwardPass) and request.weights:
             called = _Reweighted(model, request.weights)
         running = RunningPass(self, request, batch, gradient=isinstance(request, GradientPass))
+        self.passes.append(running)
         with ExitStack() as stack:
             stack.enter_context(self._masks.drawn(request.masks))
             stack.enter_context(driver.engine.local_gradients())
             stack.enter_context(driver.target.perturbed(running.forward_pass))
             stack.enter_context(still_statistics(model))
             stack.enter_context(torch.enable_grad())
-            running.run(called)
+            running.reported = running.run(called)
         return self._answered(running)
 
     def _measure(self, request: TrainPass, last: bool) -> PassResult | None:
@@ -179,7 +180,7 @@ class _MicroBatch:
         if request.delta is not None:
             delta = request.delta if answer is None else answer.delta
             running = RunningPass(self, replace(request, delta=delta), self.batch)
-            self.trained = [running]
+            self.passes.append(running)
             # With autograd, or a reference inside of the loss could not be told apart.
             with torch.enable_grad(), self.driver.target.perturbed(running.forward_pass):
                 running.reported = running.run(self.driver.engine.model)
@@ -335,13 +336,22 @@ class RunningPass:
         return PassResult(units.only_tokens(gradient), units, loss, seen.applied(), self._logits, seen.ids())
 
     @property
+    def is_training(self) -> bool:
+        return isinstance(self.request, TrainPass)
+
+    @property
     def is_clean(self) -> bool:
         return self.request.delta is None
 
     @property
+    def examples(self) -> int:
+        return examples_in(self._batch)
+
+    @property
     def unweighted(self) -> Tensor:
         """What the loop reported, its weight taken out; of a pass without a loss its divergence."""
-        assert isinstance(self.request, TrainPass)
+        if not isinstance(self.request, TrainPass):
+            return self.reported
         if self.request.weight == 0 and self._reported_divergence is not None:
             return self._reported_divergence
         return self.reported if self.request.weight == 1 else self.reported / self.request.weight

@@ -1,4 +1,4 @@
-"""Curves over epsilon as figures."""
+"""Accuracy over epsilon as a figure."""
 
 from __future__ import annotations
 
@@ -37,44 +37,6 @@ def plot_robustness(reports: Mapping[str, RobustnessReport], path: str | Path | 
     if first.metric == "accuracy":
         axes[0].set_ylim(0, 1)
     axes[-1].legend()
-    figure.suptitle(title)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
-
-
-def plot_epsilon(curve: Any, path: str | Path | None = None, title: str = "") -> Any:
-    """Loss, and accuracy where there is one, over the logarithm of epsilon, and the suggestion.
-
-    Args:
-        curve: an `EpsilonCurve`.
-        path: where to write the picture; None to write none.
-        title: above the picture.
-
-    Returns:
-        The matplotlib figure.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = {"loss": (curve.loss, curve.clean_loss)}
-    if curve.accuracy is not None and curve.clean_accuracy is not None:
-        panels["accuracy"] = (curve.accuracy, curve.clean_accuracy)
-    figure = Figure(figsize=(3.6 * len(panels) + 0.6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (name, (values, clean)) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        axis.semilogx(curve.epsilons, values, marker="o", label="under attack")
-        axis.axhline(clean, color="grey", linestyle="--", label="clean")
-        if name == "loss" and curve.guess_loss is not None:
-            axis.axhline(clean + curve.guess_loss, color="grey", linestyle=":", label="clean + guessing")
-        if curve.suggestion is not None:
-            axis.axvline(curve.suggestion, color="tab:red", label=f"suggestion {curve.suggestion:.3g}")
-        axis.set_xlabel("epsilon" if curve.unit == "absolute" else "epsilon (mean embedding norms)")
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend()
     figure.suptitle(title)
     if path is not None:
         figure.savefig(path, dpi=150)

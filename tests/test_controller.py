@@ -1,0 +1,272 @@
+"""Epsilon `auto`: the control law on plants that are written down, and on real runs."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import AdversarialInOrder, padded_data, tiny, train
+
+from fgm_trainer import FGM, PGD
+from fgm_trainer.attacks import ATTACKS
+from fgm_trainer.engine.controller import EpsilonController
+from fgm_trainer.engine.guessing import GuessingLoss
+from fgm_trainer.loops import Adversary
+
+HALF = torch.tensor([0, 1])
+GUESS = math.log(2)
+
+
+def controller(strength=1.0, size=2, **settings):
+    return EpsilonController(strength, torch.device("cpu"), GuessingLoss(size), **settings)
+
+
+def note(one, clean, added, labels=HALF, relative=0.1):
+    """A micro-batch of one row; epsilon is `relative` of the length of the row, times epsilon."""
+    figures = (torch.tensor(float(x)) for x in (clean, added, relative * one.epsilon, 1.0))
+    one.note(*figures, labels)
+
+
+def steps(one, number, clean, added, labels=HALF):
+    """Steps of a model whose losses are these functions: clean of the step, added of epsilon."""
+    seen = []
+    for step in range(number):
+        note(one, clean(step), added(one.epsilon.item()), labels)
+        one.settle(None, lambda x: x)
+        seen.append(one.epsilon.item())
+    return seen
+
+
+# The law -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slope=st.floats(-1.5, 2).map(lambda x: 10**x),
+    power=st.floats(0.5, 2),
+    strength=st.floats(0.25, 2),
+    clean=st.floats(0, 0.6),
+)
+def test_the_loss_rises_by_the_share_asked_for_and_stays_there(slope, power, strength, clean):
+    one = controller(strength)
+    # Relative to the floor, where epsilon starts, so that all of them can be reached.
+    floor = 1e-3 / 0.1
+    seen = steps(one, 250, lambda step: clean, lambda e: slope * (e / floor / 50) ** power)
+    target = strength * (GUESS - clean)
+    ceiling = 1 / 0.1
+    wanted = min(max(50 * floor * (target / slope) ** (1 / power), floor), ceiling)
+    assert seen[-1] == pytest.approx(wanted, rel=0.02)
+    # No oscillation.
+    late = seen[200:]
+    assert max(late) / min(late) < 1.05
+    assert max(seen) < 2 * wanted
+
+
+def test_epsilon_falls_to_the_floor_within_ten_steps_where_a_model_gets_suddenly_worse():
+    one = controller()
+    before = steps(one, 150, lambda step: 0.2, lambda e: 0.2 * e)[-1]
+    assert before == pytest.approx((GUESS - 0.2) / 0.2, rel=0.01)
+    # A spike of the learning rate: one class is predicted, whatever the input.
+    after = steps(one, 12, lambda step: 1.5, lambda e: 0.2 * e)
+    assert after[-1] == pytest.approx(0.01)
+    assert all(later <= earlier for earlier, later in zip(after[2:], after[3:], strict=False))
+    # It learns again.
+    assert steps(one, 150, lambda step: 0.2, lambda e: 0.2 * e)[-1] == pytest.approx(before, rel=0.01)
+
+
+def test_all_labels_flipped_is_no_reason_to_attack():
+    one = controller()
+    steps(one, 100, lambda step: 0.1, lambda e: 0.2 * e)
+    flipped = steps(one, 20, lambda step: 2.5, lambda e: -0.2 * e)
+    assert flipped[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_a_loss_that_is_constant_leaves_epsilon_where_it_started(size):
+    one = controller(size=size)
+    seen = steps(one, 300, lambda step: GUESS, lambda e: 0.0)
+    assert max(seen[1:]) <= 0.01 * 1.0001
+
+
+def test_epsilon_falls_where_the_adversarial_loss_reaches_that_of_guessing():
+    one = controller()
+    before = steps(one, 100, lambda step: 0.2, lambda e: 0.2 * e)[-1]
+    seen = steps(one, 20, lambda step: 0.2, lambda e: 0.4 * e)
+    assert all(later <= earlier for earlier, later in zip([before, *seen], seen, strict=False))
+    assert seen[-1] < 0.62 * before
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 0.3))
+def test_noise_alone_does_not_raise_epsilon(seed, noise):
+    one, draw = controller(), torch.Generator().manual_seed(seed)
+    normal = lambda: noise * torch.randn((), generator=draw).item()  # noqa: E731
+    # Nothing is learned, and the passes differ by their dropout.
+    seen = steps(one, 400, lambda step: GUESS + abs(normal()), lambda e: normal())
+    assert max(seen[20:]) < 0.05
+
+
+def test_rows_that_overflow_or_are_not_attacked_say_nothing():
+    one, other = controller(), controller()
+    for each in (one, other):
+        steps(each, 50, lambda step: 0.3, lambda e: 0.2 * e)
+    one.observe_clean(torch.tensor(9.0), HALF)
+    one.settle(None, lambda x: x)
+    note(one, 0.3, math.nan)
+    one.settle(None, lambda x: x)
+    note(other, 0.3, 0.2 * other.epsilon.item())
+    other.settle(None, lambda x: x)
+    assert one.epsilon.isfinite()
+    for name in ("clean", "added", "weight"):
+        assert one.state_dict()[name].isfinite()
+    assert one.epsilon.item() == pytest.approx(other.epsilon.item(), rel=0.1)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_step_in_parts_is_the_same_step(parts):
+    whole, split = controller(), controller()
+    for _ in range(30):
+        note(whole, 0.3, 0.3 * whole.epsilon.item())
+        for part in range(parts):
+            shift = 0.1 * (part - (parts - 1) / 2)
+            note(split, 0.3 + shift, 0.3 * split.epsilon.item() + shift)
+        whole.settle(None, lambda x: x)
+        split.settle(None, lambda x: x)
+    assert whole.epsilon > 0.1
+    assert split.epsilon.item() == pytest.approx(whole.epsilon.item(), rel=1e-5)
+
+
+def test_an_upper_limit_is_never_exceeded_and_what_was_saved_goes_on():
+    one = controller(most=0.5)
+    seen = steps(one, 60, lambda step: 0.1, lambda e: 0.01 * e)
+    assert max(seen) == 0.5
+    other = controller(most=0.5)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert steps(one, 9, lambda s: 0.6, lambda e: e) == steps(other, 9, lambda s: 0.6, lambda e: e)
+
+
+# The loss of guessing ------------------------------------------------------------------------------------------------
+
+
+def guess(one, *batches):
+    counts = sum(one.counts(labels, torch.zeros(())) for labels in batches)
+    return one.loss(counts).item()
+
+
+def test_the_loss_of_guessing_is_that_of_the_best_constant_answer():
+    labels = torch.tensor([[0, 2, -100], [2, 2, 1]])
+    logits = torch.tensor([1.0, 1.0, 3.0]).log()
+    constant = torch.nn.functional.cross_entropy(logits.expand(6, 3), labels.flatten())
+    assert guess(GuessingLoss(3), labels[:1], labels[1:]) == pytest.approx(constant.item())
+    several = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    rates = torch.tensor([0.75, 0.25]).logit()
+    constant = torch.nn.functional.binary_cross_entropy_with_logits(rates.expand(4, 2), several)
+    assert guess(GuessingLoss(2), several) == pytest.approx(constant.item())
+    numbers = torch.tensor([0.5, 2.0, 4.5])
+    assert guess(GuessingLoss(1, numbers=True), numbers[:1], numbers[1:]) == pytest.approx(numbers.var(correction=0))
+    assert math.isnan(guess(GuessingLoss(0), labels))
+    assert math.isnan(guess(GuessingLoss(3), None))
+
+
+# Real runs -----------------------------------------------------------------------------------------------------------
+
+
+class Seen(AdversarialInOrder):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.epsilons = [*getattr(self, "epsilons", []), self._controller.epsilon.item()]
+        return loss
+
+
+def learnable(size=64, length=6):
+    """One token, again and again, which decides about the label."""
+    tokens = [3 + i % 24 for i in range(size)]
+    return [{"input_ids": [t] * length, "attention_mask": [1] * length, "labels": t % 3} for t in tokens]
+
+
+def trained(batch=8, accumulate=1, size=64, **flags):
+    model = tiny("bert", dtype=flags.pop("dtype", torch.float64))
+    data = learnable(size)
+    loss = lambda outputs, labels, num_items_in_batch=None: (  # noqa: E731
+        torch.nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum") / 8
+    )
+    extra = {"compute_loss_func": loss} | flags.pop("extra", {})
+    flags = {"adv_epsilon": "auto"} | flags
+    return train(model, data, trainer=Seen, batch=batch, accumulate=accumulate, extra=extra, **flags)
+
+
+@pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
+@pytest.mark.parametrize("method", sorted(ATTACKS))
+def test_every_method_finds_an_epsilon_in_every_scope(method, scope):
+    if method == "awp":
+        scope = None
+    flags = {"adv_epsilon": "auto", "adv_method": method, "adv_scope": scope, "num_train_epochs": 3, "batch": 8}
+    trainer = train(tiny("bert"), learnable(120), trainer=Seen, lr=0.05, **flags)
+    logged = [line["adv_epsilon"] for line in trainer.state.log_history if "adv_epsilon" in line]
+    assert len(logged) == 45
+    assert all(0 < e < math.inf for e in logged)
+    assert trainer.epsilons[0] == pytest.approx(1e-4)
+    assert len(set(trainer.epsilons)) > 3
+    norms = [line["adv_delta_norm"] for line in trainer.state.log_history if "adv_epsilon" in line]
+    assert all(math.isfinite(norm) for norm in norms)
+    assert max(norms) > 0
+
+
+def test_accumulation_does_not_change_epsilon():
+    flags = {"adv_scope": "example", "num_train_epochs": 2}
+    whole, parts = trained(8, 1, **flags), trained(2, 4, **flags)
+    one, other = whole.epsilons, parts.epsilons[::4]
+    assert len(one) == len(other) == 16
+    assert max(one) > 2 * min(one[1:])
+    assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_zero_strength_and_a_rise_beside_auto_are_refused():
+    with pytest.raises(ValueError, match="adv_strength must be above 0"):
+        trained(adv_strength=0.0)
+    with pytest.raises(ValueError, match="adv_warmup and epsilon_schedule are for a fixed adv_epsilon"):
+        trained(adv_warmup=0.5)
+    with pytest.raises(ValueError, match="adv_warmup and epsilon_schedule are for a fixed adv_epsilon"):
+        trained(extra={"epsilon_schedule": lambda progress: progress})
+    with pytest.raises(ValueError, match="adv_recover lowers a fixed adv_epsilon"):
+        trained(adv_recover=True)
+
+
+def test_recovery_never_exceeds_the_epsilon_that_was_given():
+    free, held = trained(num_train_epochs=3), trained(adv_epsilon=0.02, adv_recover=True, num_train_epochs=3)
+    assert max(free.epsilons) > 0.02
+    assert max(held.epsilons) == pytest.approx(0.02)
+    assert held.epsilons[0] == pytest.approx(1e-4)
+
+
+def test_a_loop_of_ones_own_finds_the_trainers_epsilon():
+    model = tiny("bert")
+    data = padded_data(model, size=64)
+    trainer = train(copy.deepcopy(model), data, trainer=Seen, batch=8, adv_epsilon="auto", adv_scope="example")
+    adversary = Adversary(model, FGM(scope="example"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for start in range(0, 64, 8):
+        rows = [data[i] for i in range(start, start + 8)]
+        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+        model.train()
+        adversary.backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(adversary.controller.epsilon.item())
+    assert found == pytest.approx(trainer.epsilons, rel=1e-5)
+
+
+def test_an_epsilon_of_the_call_is_used_as_it_is():
+    model = tiny("bert")
+    batch = {
+        name: torch.stack([torch.as_tensor(row[name]) for row in padded_data(model, size=4)])
+        for name in padded_data(model, size=4)[0]
+    }
+    adversary = Adversary(model, PGD())
+    adversary.backward(batch, epsilon=0.5)
+    before = adversary.controller.epsilon.item()
+    adversary.backward(batch, epsilon=0.5)
+    assert adversary.controller.epsilon.item() == before
