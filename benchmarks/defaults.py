@@ -10,8 +10,8 @@ weights), or a folder.
 
 Figures: accuracy; Matthews correlation (cola), Pearson correlation (numbers), F1 of the tokens of entities (wnut17).
 Robust: the same under PGD of 10 steps whose L2 length is `--attack_length` times the mean norm of a token's embedding.
-A run has collapsed if the model predicts one class for 98 % of held-out rows or more, or numbers whose spread is below a
-tenth of the labels'; of tagging, if it finds no entity.
+A run has collapsed if the model predicts one class for 98 % of held-out rows or more, or numbers whose spread is below
+a tenth of the labels'; of tagging, if it finds no entity.
 """
 
 from __future__ import annotations
@@ -261,9 +261,8 @@ def tables(lines: list[dict[str, Any]]) -> None:
         own = [line for line in lines if tuple(line[name] for name in settings) == setting]
         stock = {line["seed"]: line for line in own if line["method"] == "stock"}
         print("\n" + ", ".join(f"{name} {value}" for name, value in zip(settings, setting, strict=True)))
-        print(
-            "\n| method | epsilon | flags | seeds | clean | robust | collapsed | warned | time |\n|---|---|---|---|---|---|---|---|---|"
-        )
+        heads = ["method", "epsilon", "flags", "seeds", "clean", "robust", "collapsed", "warned", "time"]
+        print(f"\n| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
         for kind in dict.fromkeys((line["method"], line["epsilon"], line["flags"]) for line in own):
             runs = [line for line in own if (line["method"], line["epsilon"], line["flags"]) == kind]
             time_over = [r["seconds"] / stock[r["seed"]]["seconds"] for r in runs if r["seed"] in stock]

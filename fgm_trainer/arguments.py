@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,12 +12,10 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .attacks import ATTACKS, AUTO, Attack, attack_class, own_settings
 from .engine.driver import EPSILON_UNITS
-from .engine.schedule import Schedule
+from .engine.schedule import WARMUP, Schedule
 from .perturbation.batches import INPUT_TENSORS
 from .perturbation.geometry import NORMS, SCOPES
 
-# Over which part of training a fixed epsilon rises (docs/epsilon.md).
-WARMUP = 0.5
 _METHODS = ", ".join(sorted(ATTACKS))
 
 
@@ -97,9 +96,9 @@ class AdversarialArguments:
     adv_warmup: float | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps, or, below 1, the fraction of training, over which a fixed epsilon rises linearly "
-            f"from `adv_start` on. Default: {WARMUP}, since a large epsilon from the first step on can collapse a run; "
-            "0 for none."
+            "help": "Optimizer steps, or, below 1, the fraction of training, over which epsilon (where it is `auto`: "
+            "`adv_strength`) rises linearly from `adv_start` on. A large epsilon from the first step on can collapse a "
+            f"run; 0 for the classic snippet's steps. Default: {WARMUP}."
         },
     )
     adv_recover: bool = field(
@@ -148,12 +147,12 @@ class AdversarialArguments:
             weight=self.adv_weight, clean_weight=self.adv_clean_weight, targeted=self.adv_targeted, **_given(self)
         )
 
-    def make_schedule(self, attack: Attack | None = None) -> Schedule:
-        """The schedule that the flags describe, for an attack that was given in place of theirs."""
-        attack = attack or self.make_attack()
-        steered = attack.epsilon == AUTO or self.adv_recover
-        warmup = self.adv_warmup if self.adv_warmup is not None else WARMUP * (not steered)
-        return Schedule(self.adv_start, warmup, self.adv_every)
+    def make_schedule(self, shape: Callable[[float], float] | None = None) -> Schedule:
+        """The schedule that the flags describe, with a shape that stands in place of start and warm-up."""
+        warmup = self.adv_warmup
+        if warmup is None:
+            warmup = WARMUP if shape is None else 0.0
+        return Schedule(self.adv_start, warmup, self.adv_every, shape)
 
 
 @dataclass
@@ -218,7 +217,8 @@ def _problems(args: AdversarialArguments) -> list[str]:
         if (value is None and name in ("adv_epsilon", "adv_warmup")) or (value == AUTO and name == "adv_epsilon"):
             continue
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            found.append(f"{name} must be a finite number, 0 or more; found {value!r}.")
+            auto = ", or 'auto'" * (name == "adv_epsilon")
+            found.append(f"{name} must be a finite number, 0 or more{auto}; found {value!r}.")
         elif name in ("adv_start", "adv_warmup") and value >= 1 and value != int(value):
             found.append(f"{name} is a fraction below 1 or a whole number of optimizer steps; found {value!r}.")
     if args.adv_strength == 0:

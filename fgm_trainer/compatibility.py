@@ -60,11 +60,6 @@ def _of_the_model(model: nn.Module, attack: Attack, target: str | Target, epsilo
 
 def _of_the_arguments(trainer: Any, attack: Attack, target: str | Target) -> Iterator[str]:
     args = trainer.args
-    if trainer.steers_epsilon and (trainer.schedule.warmup or trainer.schedule.shape):
-        yield (
-            "adv_warmup and epsilon_schedule are for a fixed adv_epsilon: 'auto', the default, and adv_recover find "
-            "how fast it may rise. Leave them out, or give adv_epsilon a number."
-        )
     if getattr(args, "adv_recover", False) and attack.epsilon == AUTO:
         yield "adv_recover lowers a fixed adv_epsilon, and 'auto' recovers anyway: leave it out, or give adv_epsilon."
     compiled = args.torch_compile or (trainer.model is not None and is_compiled(trainer.model))

@@ -125,11 +125,10 @@ class Adversary:
             loss: Tensor = result[0] if isinstance(result, tuple) else result
             engine.backward(loss)
             return loss.detach()
-        if self._steps_next:
-            shared = self._accelerator
+        shared = self._accelerator
+        for kept in filter(None, (self.memory, self.controller)) if self._steps_next else ():
             total = (lambda x: x) if shared is None else functools.partial(shared.reduce, reduction="sum")
-            for kept in filter(None, (self.memory, self.controller)):
-                kept.settle(engine.model, total)
+            kept.settle(engine.model, total)
         self._steps_next = self._accelerator is None or self._accelerator.sync_gradients
         if self._target.model is not engine.model:
             # Another loop may have taken it.

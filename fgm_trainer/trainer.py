@@ -10,7 +10,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ from .engine.accelerate import Engine
 from .engine.controller import EpsilonController
 from .engine.driver import Driver, RunningPass, unit_of
 from .engine.guessing import GuessingLoss, guessing_of
-from .engine.schedule import Schedule
+from .engine.schedule import WARMUP, Schedule
 from .metrics import CollapseWatch, LogWindow
 from .perturbation.batches import examples_in, without_column
 from .perturbation.clipping import valid_range
@@ -101,16 +100,20 @@ class AdversarialTrainerMixin(_Base):
         """Reads the flags; again when training starts, since a hyperparameter search sets them one by one."""
         flags = self.args if isinstance(self.args, AdversarialArguments) else None
         self.attack: Attack = self._given_attack or (flags.make_attack() if flags else FGM(epsilon=1.0))
-        schedule = flags.make_schedule(self.attack) if flags else Schedule()
-        if self._given_schedule is not None:
-            given = (flags and flags.adv_warmup) or 0.0
-            schedule = replace(schedule, warmup=given, shape=self._given_schedule)
-        self.schedule: Schedule = schedule
+        self.schedule: Schedule = self._make_schedule(flags)
         asked = self._given_target or (flags.adv_target if flags else None)
         self._target: str | Target = asked or self.attack.default_target
         self._strength = flags.adv_strength if flags else 1.0
         self._epsilon_unit = flags.adv_epsilon_unit if flags else "absolute"
         self._same_dropout = flags is not None and flags.adv_same_dropout
+
+    def _make_schedule(self, flags: AdversarialArguments | None) -> Schedule:
+        shape, attack = self._given_schedule, self._given_attack
+        if flags is not None:
+            return flags.make_schedule(shape)
+        # Without flags a fixed epsilon that was given in code is taken at its word.
+        as_given = shape is not None or (attack is not None and attack.epsilon != AUTO)
+        return Schedule(warmup=0.0 if as_given else WARMUP, shape=shape)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -190,11 +193,11 @@ class AdversarialTrainerMixin(_Base):
         self._window.begin(self._position[1] == 0)
         assert self._kept is not None
         controller = self._controller
-        epsilon: Any = driver.attack.epsilon if controller is None else controller.epsilon
-        step = Step(factor * epsilon, self._seed(), self._kept.get("memory"), examples_in(inputs))
+        epsilon: Any = factor * float(driver.attack.epsilon) if controller is None else controller.epsilon
+        step = Step(epsilon, self._seed(), self._kept.get("memory"), examples_in(inputs))
         ran = driver.run(step, inputs, run_pass, given, self._micro_batches())
         if controller is not None:
-            controller.observe(ran, self._labels(inputs), self._micro_batches())
+            controller.observe(ran, self._labels(inputs), self._micro_batches(), rise=factor)
         self._settle_due = True
         passes = [each for each in ran if each.is_training]
         perturbed = [each for each in passes if not each.is_clean]

@@ -268,7 +268,7 @@ def train(model, data, *, trainer=AdversarialInOrder, batch=4, accumulate=1, lr=
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    flags = fixed(**flags)
+    flags = {"adv_warmup": 0.0} | flags if extra and "attack" in extra else fixed(**flags)
     with tempfile.TemporaryDirectory() as folder:
         made = trainer(
             model=model,

@@ -346,8 +346,8 @@ def test_an_error_inside_an_attack_is_raised_as_it_is():
 @pytest.mark.parametrize(
     ("attack", "settings", "message"),
     [
-        (FGM, {"epsilon": -1.0}, "FGM: epsilon must be a finite number, 0 or more; found -1.0."),
-        (FGM, {"epsilon": float("nan")}, "epsilon must be a finite number, 0 or more; found nan."),
+        (FGM, {"epsilon": -1.0}, "FGM: epsilon must be a finite number, 0 or more, or 'auto'; found -1.0."),
+        (FGM, {"epsilon": float("nan")}, "epsilon must be a finite number, 0 or more, or 'auto'; found nan."),
         (FGM, {"weight": float("inf")}, "weight must be a finite number, 0 or more; found inf."),
         (FGM, {"weight": 0.0}, "weight must be above 0, or the adversarial pass trains nothing; epsilon=0 turns"),
         (FGM, {"clean_weight": -0.5}, "clean_weight must be a finite number, 0 or more; found -0.5."),

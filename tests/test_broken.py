@@ -468,7 +468,7 @@ def test_return_outputs_false_may_be_written_out(tmp_path, method, how):
             return loss.detach()
 
     kind = type("Ours", (AdversarialTrainerMixin, Own), {})
-    args = flags(tmp_path, max_steps=1)
+    args = flags(tmp_path, max_steps=1, adv_epsilon=None)
     kind(model=tiny("bert"), args=args, train_dataset=padded_data(tiny("bert")), attack=attack_of(method)).train()
 
 

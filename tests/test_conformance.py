@@ -77,7 +77,7 @@ class InOrder(AdversarialTrainer):
 
 
 def trainer_of(path, name, target, scope, model=None, settings=None, **parts):
-    args = flags(path, **{"max_steps": 2, "max_grad_norm": 0.0} | (settings or {}))
+    args = flags(path, **{"max_steps": 2, "adv_epsilon": None, "max_grad_norm": 0.0} | (settings or {}))
     parts |= {"attack": attack_of(name, scope=scope, **VISIBLE.get(name, {})), "target": target}
     return InOrder(model=model or bert(), args=args, train_dataset=data(target), **parts)
 

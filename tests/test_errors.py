@@ -10,9 +10,9 @@ from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainerMixin, A
 from fgm_trainer.trainer import AdversarialTrainer as Direct
 
 BAD_FLAGS = [
-    ({"adv_epsilon": -1.0}, "adv_epsilon must be a finite number, 0 or more; found -1.0."),
-    ({"adv_epsilon": float("nan")}, "adv_epsilon must be a finite number, 0 or more; found nan."),
-    ({"adv_epsilon": float("inf")}, "adv_epsilon must be a finite number, 0 or more; found inf."),
+    ({"adv_epsilon": -1.0}, "adv_epsilon must be a finite number, 0 or more, or 'auto'; found -1.0."),
+    ({"adv_epsilon": float("nan")}, "adv_epsilon must be a finite number, 0 or more, or 'auto'; found nan."),
+    ({"adv_epsilon": float("inf")}, "adv_epsilon must be a finite number, 0 or more, or 'auto'; found inf."),
     ({"adv_weight": -0.5}, "adv_weight must be a finite number, 0 or more; found -0.5."),
     ({"adv_weight": 0.0}, "adv_weight must be above 0; to train without an attack write adv_epsilon=0."),
     ({"adv_clean_weight": -1.0}, "adv_clean_weight must be a finite number, 0 or more; found -1.0."),
@@ -223,7 +223,7 @@ def test_an_attack_given_twice(tmp_path):
 
 
 def test_an_attack_with_bad_numbers():
-    with pytest.raises(ValueError, match=r"FGM: epsilon must be a finite number, 0 or more; found -1\."):
+    with pytest.raises(ValueError, match=r"FGM: epsilon must be a finite number, 0 or more, or 'auto'; found -1\."):
         FGM(epsilon=-1)
 
 

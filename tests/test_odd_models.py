@@ -240,7 +240,8 @@ def test_a_lookup_that_a_checkpointed_layer_repeats(tmp_path, name):
         if repeats:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         attack = attack_of(name, **VISIBLE.get(name, {}))
-        trained.append((run(AdversarialTrainer, tmp_path, model, attack=attack)[1], len(calls)))
+        ran = run(AdversarialTrainer, tmp_path, model, attack=attack)
+        trained.append((ran[1], len(calls)))
     (plain, once), (repeated, often) = trained
     assert often > once
     agree(plain, repeated)

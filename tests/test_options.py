@@ -17,7 +17,7 @@ from fgm_trainer.trainer import STATE_FILE
 def trained(path, attack=None, data=None, model=None, **settings):
     model = model or tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     trainer = AdversarialTrainer(
-        model=model, args=flags(path, **settings), train_dataset=data or examples(), attack=attack
+        model=model, args=flags(path, adv_epsilon=None, **settings), train_dataset=data or examples(), attack=attack
     )
     trainer.train()
     return trainer
@@ -65,7 +65,9 @@ def test_the_unit_is_measured_once_and_travels_with_the_checkpoint(tmp_path):
     whole = trained(tmp_path, attack, **settings)
     assert (tmp_path / "checkpoint-2" / STATE_FILE).exists()
     model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    again = AdversarialTrainer(model=model, args=flags(tmp_path, **settings), train_dataset=examples(), attack=attack)
+    again = AdversarialTrainer(
+        model=model, args=flags(tmp_path, adv_epsilon=None, **settings), train_dataset=examples(), attack=attack
+    )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     same(dict(again.model.state_dict()), dict(whole.model.state_dict()))
 
@@ -93,7 +95,7 @@ class Epsilons(TrainerCallback):
 
 def lengths(path, schedule, **settings):
     seen = Epsilons()
-    args = flags(path, max_steps=10, **settings)
+    args = flags(path, max_steps=10, adv_epsilon=None, **settings)
     attack = FGM(epsilon=2.0, scope="example")
     parts = {"train_dataset": examples(40), "callbacks": [seen], "epsilon_schedule": schedule}
     AdversarialTrainer(model=tiny_bert(), args=args, attack=attack, **parts).train()
@@ -235,7 +237,7 @@ def test_resume_with_a_memory_is_bit_equal(tmp_path, attack):
     whole = trained(tmp_path / "a", attack, **settings)
     cut = AdversarialTrainer(
         model=tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-        args=flags(tmp_path / "a", **settings),
+        args=flags(tmp_path / "a", adv_epsilon=None, **settings),
         train_dataset=examples(),
         attack=attack,
     )
@@ -258,9 +260,9 @@ def test_two_micro_batches_are_one_step_of_the_memory(attack):
     settled = []
 
     class Counting(AdversarialInOrder):
-        def _settle_memory(self):
-            settled.append(self._memory_due)
-            super()._settle_memory()
+        def _settle(self):
+            settled.append(self._settle_due)
+            super()._settle()
 
     model = tiny("bert")
     train(model, padded_data(model), trainer=Counting, batch=2, accumulate=2, extra={"attack": attack})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from models import attack_of
+from models import EPSILONS, attack_of
 from test_faults import examples, flags, same, tiny_bert, weights
 from test_trainer import CHECKPOINTING
 from torch import nn
@@ -191,7 +191,7 @@ LAST = sorted(name for name in INPUT_ATTACKS if not ATTACKS[name].compares)
 
 
 def make(name, scope, kind=None):
-    return (kind or ATTACKS[name])(scope=scope, **VISIBLE.get(name, {}))
+    return (kind or ATTACKS[name])(scope=scope, **{"epsilon": EPSILONS[name]} | VISIBLE.get(name, {}))
 
 
 # bfloat16 --------------------------------------------------------------------------------------------------------

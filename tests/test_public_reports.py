@@ -47,7 +47,7 @@ def one_step(kind, model, path, data, attack, **settings):
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    args = flags(path, **settings)
+    args = flags(path, adv_epsilon=None, **settings)
     Kept(model=model, args=args, train_dataset=data, attack=attack or FGM(epsilon=0.0)).train()
     return kept
 
@@ -352,7 +352,7 @@ def test_a_probe_in_training_step_sees_the_model_as_it_is(tmp_path, method, targ
     expected = model(**probe).logits.detach()
     kind = type("Ours", (AdversarialTrainerMixin, Probed), {})
     attack = ATTACKS[method](epsilon=2.0)
-    args = flags(tmp_path, max_steps=1)
+    args = flags(tmp_path, max_steps=1, adv_epsilon=None)
     kind(model=model, args=args, train_dataset=padded_data(model, size=4), attack=attack, target=target).train()
     assert len(found) >= 8
     for logits in found:
@@ -380,7 +380,7 @@ def test_a_teacher_inside_of_the_loss_is_not_perturbed(tmp_path, method, target)
     data = padded_data(model, size=4)
     expected = model(**batches(data, 4)[0]).logits.detach()
     attack = ATTACKS["awp" if target == "weights" else method](epsilon=0.5)
-    args = flags(tmp_path, max_steps=1, per_device_train_batch_size=4)
+    args = flags(tmp_path, max_steps=1, adv_epsilon=None, per_device_train_batch_size=4)
     trainer = Taught(model=model, args=args, train_dataset=data, attack=attack, target=target)
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
     trainer.train()
@@ -451,7 +451,7 @@ def test_a_copy_made_in_the_middle_of_a_pass_is_no_part_of_it(tmp_path):
             found.extend(one(**batch).logits.detach() for one in copies)
             return loss
 
-    args = flags(tmp_path, max_steps=1, per_device_train_batch_size=4)
+    args = flags(tmp_path, max_steps=1, adv_epsilon=None, per_device_train_batch_size=4)
     Averaged(model=model, args=args, train_dataset=data, attack=FGM(epsilon=5.0)).train()
     assert len(copies) == 4
     for logits in found:

@@ -50,7 +50,8 @@ class Snippet(Trainer):
 def run(kind, path, model, parts=(), settings=None, data=None, **arguments):
     """Trains with plain SGD and gives the trained weights."""
     of_ours = issubclass(kind, AdversarialTrainerMixin)
-    args = flags(path, AdversarialTrainingArguments if of_ours else TrainingArguments, **settings or {})
+    given = {"adv_epsilon": None} if of_ours and "attack" in arguments else {}
+    args = flags(path, AdversarialTrainingArguments if of_ours else TrainingArguments, **given | (settings or {}))
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "frozen" not in n], lr=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = kind(
@@ -310,7 +311,7 @@ def test_an_attack_object_works_with_plain_arguments_and_with_schedule_flags(tmp
     )
     plain.train()
     assert plain.state.log_history[0]["adv_delta_norm"] > 0
-    args = flags(tmp_path, adv_start=1, adv_target="bert.encoder.layer.0")
+    args = flags(tmp_path, adv_epsilon=None, adv_start=1, adv_target="bert.encoder.layer.0")
     scheduled = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), attack=FGM(epsilon=0.5))
     scheduled.train()
     first, second = scheduled.state.log_history[:2]

@@ -187,7 +187,7 @@ class Attack:
     def problems(self) -> list[str]:
         """What is wrong with the settings, one sentence each."""
         found = [
-            f"{name} must be a finite number, 0 or more{' or auto' * (name == 'epsilon')}; found {value!r}."
+            f"{name} must be a finite number, 0 or more{_OR_AUTO * (name == 'epsilon')}; found {value!r}."
             for name, value in (("epsilon", self.epsilon), ("weight", self.weight), ("clean_weight", self.clean_weight))
             if not (_is_size(value) or (name == "epsilon" and value == AUTO))
         ]
@@ -330,6 +330,9 @@ def _weighted(request: Request, attack: Attack) -> Request:
         return request
     against = tuple(replace(a, weight=a.weight * attack.weight) for a in request.against)
     return replace(request, weight=weight, against=against)
+
+
+_OR_AUTO = ", or 'auto'"
 
 
 def _is_size(value: Any) -> bool:

@@ -15,11 +15,13 @@ from .guessing import GuessingLoss
 
 # The first step's epsilon, before the length of what is perturbed is known.
 _FIRST = 1e-4
-# Relative to that length: where epsilon starts and below which it never falls, and above which it never rises.
-_FLOOR, _CEILING = 1e-3, 1.0
+# Relative to that length: below which epsilon never falls, where it starts, and above which it never rises.
+_FLOOR, _START, _CEILING = 1e-5, 1e-3, 1.0
 # How much of the smoothed losses is kept from step to step, and the factors by which epsilon falls and rises at most.
 _DECAY = 0.9
-_FALL, _RISE = 0.5, 1.2
+_FALL, _RISE = 0.5, 1.1
+# Where it is smaller than at the start, it may rise faster.
+_RETURN = 2.0
 # Where the loss of guessing is not known: the steps whose mean loss takes its place, and the share of the clean loss
 # that there is to lose at least.
 _START_STEPS = 10
@@ -33,10 +35,11 @@ class EpsilonController:
     H the loss of guessing; c, g and e means over an optimizer step of all processes, smoothed over about ten steps:
 
         target    = strength * max(H - c, 0)
-        epsilon <- epsilon * clip((target / g) * (e / epsilon), 0.5, 1.2)
+        epsilon <- epsilon * clip((target / g) * (e / epsilon), 0.5, 1.1)
 
-    between a thousandth and the whole of the length of what is perturbed. Where H is not known (language models, a loss
-    of your own), H - c is what training has gained so far, and a tenth of c at least.
+    between 1e-5 and 1 times the length of what is perturbed; it starts at 1e-3 times that, and may double where it is
+    smaller. Where H is not known (language models, a loss of your own), H - c is what training has gained so far, and a
+    tenth of c at least.
 
     A `Memory`: settled between optimizer steps, the same on all processes, saved with a checkpoint. Its state is on the
     device, and nothing is read from there.
@@ -55,20 +58,23 @@ class EpsilonController:
         self._state["epsilon"] = torch.full((), min(most, _FIRST), device=device)
         self._state["labels"] = guessing.new_counts().to(device)
         self._observed: list[Tensor] = []
+        self._rise = 1.0
 
     @property
     def epsilon(self) -> Tensor:
         """This step's epsilon, a scalar tensor."""
         return self._state["epsilon"]
 
-    def observe(self, passes: Sequence[RunningPass], labels: Any, micro_batches: int = 1) -> None:
+    def observe(self, passes: Sequence[RunningPass], labels: Any, micro_batches: int = 1, rise: float = 1.0) -> None:
         """Notes an attacked micro-batch.
 
         Args:
             passes: all that were run, in order.
             labels: the batch's, None where it has none of its own.
             micro_batches: by how many the loop has divided the losses that it reported.
+            rise: the part of `strength` that the next step shall have, by the schedule.
         """
+        self._rise = rise
         perturbed = [each for each in passes if not each.is_clean]
         values, deltas = perturbed[-1].forward_pass.row_norms()
         moved = (deltas > 0) & (values > 0)
@@ -119,10 +125,11 @@ class EpsilonController:
     def _steered(self) -> Tensor:
         state = self._state
         clean, added, epsilon = (state[name] / state["weight"] for name in ("clean", "added", "mean_epsilon"))
-        target = self._strength * self._to_lose(clean)
+        target = self._rise * self._strength * self._to_lose(clean)
         # Where an attack lowers the loss, by chance, epsilon may rise; where it changes nothing at all, it need not.
         wanted = torch.where(added > 0, target / added * epsilon, torch.where(added == 0, self.epsilon, math.inf))
-        factor = (wanted / self.epsilon).clamp(_FALL, _RISE)
+        rise = torch.where(self.epsilon < _START * state["length"], _RETURN, _RISE)
+        factor = torch.minimum((wanted / self.epsilon).clamp(min=_FALL), rise)
         return self.epsilon * torch.where(target > 0, factor, _FALL)
 
     def _to_lose(self, clean: Tensor) -> Tensor:
@@ -131,11 +138,11 @@ class EpsilonController:
         return torch.where(guess.isnan(), gained, guess - clean)
 
     def _within(self, steered: Tensor, length: Tensor) -> Tensor:
-        """Within floor and ceiling; at the floor where the length is seen for the first time."""
+        """Within floor and ceiling; where the length is seen for the first time, what epsilon starts with."""
         state = self._state
         first = (state["length"] == 0) & length.isfinite()
         known = state["length"] = torch.where(first, length, state["length"])
-        within = torch.where(first | steered.isnan(), _FLOOR * known, steered.clamp(_FLOOR * known, _CEILING * known))
+        within = torch.where(first | steered.isnan(), _START * known, steered.clamp(_FLOOR * known, _CEILING * known))
         return torch.where(known > 0, within.clamp(max=self._most), self.epsilon)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# Over which part of training epsilon rises, where nothing else is asked for (docs/epsilon.md).
+WARMUP = 0.5
+
 
 @dataclass(frozen=True)
 class Schedule:
