@@ -116,6 +116,7 @@ def train(
 
     attack, schedule = args.make_attack(), args.make_schedule()
     settings = {"target": args.adv_target, "epsilon_unit": args.adv_epsilon_unit, "seed": args.seed}
+    settings |= {"strength": args.adv_strength, "recover": args.adv_recover}
     adversary = Adversary(model, attack, accelerator=accelerator, **settings)
     step, batches, loss_sum, found = 0, 0, torch.zeros((), device=accelerator.device), {}
     bar = tqdm(total=total, disable=not accelerator.is_local_main_process)
@@ -124,7 +125,7 @@ def train(
         for batch in loader:
             with accelerator.accumulate(model):
                 # In place of: loss = model(**batch).loss; accelerator.backward(loss)
-                loss = adversary.backward(batch, epsilon=attack.epsilon * schedule.factor(step, total))
+                loss = adversary.backward(batch, factor=schedule.factor(step, total))
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ class Adversary:
         epsilon_unit: `absolute`, or `embedding` for the mean norm of a token's embedding.
         clip: the valid range of an input tensor (`clipping.valid_range`).
         strength: with epsilon `auto`, the share of what there is to lose that the attack may add to the loss.
+        recover: a fixed epsilon is lowered as `auto` does where the model can't bear it, and never exceeded.
 
     `memory` is what the attack keeps between steps, and `controller` what finds epsilon `auto`; None where there is
     none. Save their `state_dict()` beside your own.
@@ -65,6 +67,7 @@ class Adversary:
         epsilon_unit: str = "absolute",
         clip: tuple[Tensor, Tensor] | None = None,
         strength: float = 1.0,
+        recover: bool = False,
     ) -> None:
         self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed
         inner = model if accelerator is None else accelerator.unwrap_model(model)
@@ -83,9 +86,10 @@ class Adversary:
         self._driver = Driver(attack, self._target, scope, engine)
         self._count = 0
         self.controller: EpsilonController | None = None
-        if attack.epsilon == AUTO:
+        if attack.epsilon == AUTO or recover:
+            most = math.inf if attack.epsilon == AUTO else attack.in_units(self._unit).epsilon
             device = next(inner.parameters()).device
-            self.controller = EpsilonController(strength, device, guessing_of(inner))
+            self.controller = EpsilonController(strength, device, guessing_of(inner), float(most))
 
     def backward(
         self,
@@ -93,6 +97,7 @@ class Adversary:
         loss_of: LossOf | None = None,
         *,
         epsilon: float | None = None,
+        factor: float = 1.0,
     ) -> Tensor:
         """All passes of one micro-batch; afterwards the weights' gradients are complete.
 
@@ -101,6 +106,7 @@ class Adversary:
             loss_of: (model, batch) -> the loss, or (loss, outputs) with `logits` for an attack that compares outputs;
                 None for what the model returns.
             epsilon: this step's epsilon; None for the attack's. 0 makes one stock pass.
+            factor: what a schedule multiplies epsilon by, and of `auto` the strength. 0 makes one stock pass.
 
         Returns:
             The loss of the first training pass, detached.
@@ -110,7 +116,7 @@ class Adversary:
         loss_of = loss_of or _model_loss
         controller = self.controller if epsilon is None else None
         if controller is None:
-            epsilon = float(self._attack.epsilon) if epsilon is None else epsilon
+            epsilon = factor * (float(self._attack.epsilon) if epsilon is None else epsilon)
             check_epsilon(epsilon)
         engine = self._driver.engine
 
@@ -120,7 +126,7 @@ class Adversary:
             return loss.detach()
 
         inputs = without_column(batch, self._attack.targeted)
-        if epsilon == 0:
+        if epsilon == 0 or factor == 0:
             result = loss_of(self._model, inputs)
             loss: Tensor = result[0] if isinstance(result, tuple) else result
             engine.backward(loss)
@@ -139,7 +145,7 @@ class Adversary:
         step = Step(size, self._next_seed(), self.memory, examples_in(inputs))
         passes = self._driver.run(step, inputs, run_pass, batch)
         if controller is not None:
-            controller.observe(passes, labels)
+            controller.observe(passes, labels, rise=factor)
         trained = [each for each in passes if each.is_training]
         return next((p.unweighted for p in trained if p.is_clean), trained[0].unweighted)
 

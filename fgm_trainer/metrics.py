@@ -327,7 +327,7 @@ class CollapseWatch:
         self.said = True
         logger.warning(
             f"Collapse? After {step} of {total} steps {found} A perturbation that is too large from the start does "
-            "this. Try a smaller adv_epsilon, a rise over adv_warmup=0.5 of training, or a smaller learning rate."
+            "this. Try adv_epsilon='auto' (or adv_recover with your own), or a smaller learning rate."
         )
 
 

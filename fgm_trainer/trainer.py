@@ -143,9 +143,15 @@ class AdversarialTrainerMixin(_Base):
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
         self._begin()
         try:
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
         finally:
             self._detach()
+        if self._controller is not None and self._controller.idle:
+            logger.warning(
+                "adv_epsilon='auto' is as small as at the start: the model has learned nothing yet that an attack could"
+                " take away, so it was hardly attacked. Train longer, or give adv_epsilon a number."
+            )
+        return result
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step on a micro-batch: as many passes as the attack asks for, each `super().training_step`.

@@ -17,10 +17,6 @@ from test_synchronisation import Waits
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import collapse
-
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
 from fgm_trainer import metrics as watch
 from fgm_trainer.engine.schedule import Schedule
@@ -472,19 +468,3 @@ def test_processes_are_added_up_even_where_one_has_seen_nothing(tmp_path, silent
     steps = [(torch.randn(30, 2, generator=d), torch.randint(2, (30,), generator=d)) for d in draws]
     expected = by_hand([of_classes(logits.double(), labels) for logits, labels in steps])
     assert figures == pytest.approx([expected] * 2, rel=1e-5)
-
-
-# The benchmark --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sure", "loss", "rules"), [(0.0, 0.69, (True, True)), (3.0, 0.69, (True, False)), (3.0, 0.2, (False, False))]
-)
-def test_the_benchmark_replays_both_rules(sure, loss, rules):
-    labels = [[n % 2 for n in range(16)]] * 40
-    steps = [
-        {"labels": row, "logits": [[0.0, sure * label] for label in row], "loss": 0.7 if number < 4 else loss}
-        for number, row in enumerate(labels)
-    ]
-    run = {"steps": steps, "warm": 0}
-    assert tuple(collapse.replayed(run, 0.1, rule) for rule in ("loss", "predictions")) == rules

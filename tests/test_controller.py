@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import AdversarialInOrder, padded_data, tiny, train
+from models import AdversarialInOrder, distance, padded_data, tiny, train
+from test_faults import flags
 
-from fgm_trainer import FGM, PGD
+from fgm_trainer import FGM, PGD, AdversarialTrainer
 from fgm_trainer.attacks import ATTACKS
 from fgm_trainer.engine.controller import EpsilonController
 from fgm_trainer.engine.guessing import GuessingLoss
@@ -231,6 +232,31 @@ def test_zero_strength_and_nothing_to_recover_from_are_refused():
         trained(adv_strength=0.0)
     with pytest.raises(ValueError, match="adv_recover lowers a fixed adv_epsilon"):
         trained(adv_recover=True)
+
+
+def test_a_model_that_learns_nothing_is_hardly_attacked_and_the_log_says_so(caplog):
+    model = tiny("bert")
+    trainer = train(model, padded_data(model, size=64), trainer=Seen, batch=8, adv_epsilon="auto", num_train_epochs=2)
+    assert "it was hardly attacked" in caplog.text
+    assert trainer.epsilons[-1] < 1e-2
+    caplog.clear()
+    trained(num_train_epochs=6)
+    assert "hardly attacked" not in caplog.text
+
+
+@pytest.mark.usefixtures("resumable")
+def test_a_resumed_run_is_bit_equal(tmp_path):
+    settings = {"adv_epsilon": "auto", "max_steps": 24, "save_strategy": "steps", "save_steps": 12}
+    whole, resumed = (
+        AdversarialTrainer(model=tiny("bert"), args=flags(tmp_path, **settings), train_dataset=learnable(96))
+        for _ in range(2)
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    logged = [[line.get("adv_epsilon") for line in t.state.log_history[12:24]] for t in (whole, resumed)]
+    assert logged[0] == logged[1]
+    assert len(set(logged[0])) > 9
+    assert distance(whole.model, resumed.model) == 0
 
 
 def test_strength_rises_with_the_schedule():

@@ -49,6 +49,7 @@ REST = [case for case in GRID if case not in [{k: v for k, v in c.items() if k !
 STOCK = SMALL | {"stock": True, "measure": True}
 CLIPPED = SMALL | {"max_grad_norm": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 2}
 HALF = SMALL | {"bf16": True}
+FOUND = SMALL | {"adv_epsilon": "auto", "adv_scope": "example", "logging_steps": 1}
 # What they draw is drawn by micro-batch.
 DRAWS = {"alum", "freelb", "noise", "partial_fgm", "r3f", "smart", "token_aware", "vat"}
 # The training passes of a micro-batch, where they are not two.
@@ -118,7 +119,7 @@ def launch(engine, cases, out):
 def group(engine, part):
     """What one group of processes on the engine gave: pairs of a case and the results of all ranks."""
     require(engine, NEEDS.get(engine, {}), "deepspeed" if engine.startswith("zero") else "torch")
-    cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF]
+    cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF, FOUND]
     with tempfile.TemporaryDirectory() as out:
         cases = [case for case in cases if engine.startswith("ddp") or case.get("adv_method") not in WHOLE]
         return list(zip(cases, launch(engine, cases, Path(out)), strict=True))
@@ -168,6 +169,17 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
             plain = accumulating(engine, SMALL | {"stock": True, "gradient_accumulation_steps": accumulated(case)})
             far = largest_difference(one["weights"], plain["weights"])
             assert far > 1e-5, f"an attack that does nothing would pass: {case}"
+
+
+@pytest.mark.parametrize("engine", TRAINERS)
+def test_epsilon_auto_is_that_of_one_process_that_accumulates(engine):
+    logged = [
+        [line["adv_epsilon"] for line in result["log"] if "adv_epsilon" in line]
+        for result in (accumulating(engine, FOUND), *ranks_of(engine, FOUND))
+    ]
+    assert len(set(logged[0])) == STEPS
+    for other in logged[1:]:
+        assert other == pytest.approx(logged[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(("engine", "part"), PARTS)

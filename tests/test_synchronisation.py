@@ -50,6 +50,15 @@ def test_a_step_waits_no_more_often_than_its_stock_passes_do(tmp_path, scope, me
     assert {name: count for name, count in ours.items() if count > passes * stock[name]} == {}
 
 
+@pytest.mark.parametrize("method", ["fgm", "pgd", "freelb", "vat"])
+def test_epsilon_auto_waits_for_nothing(tmp_path, method):
+    fixed, found = (
+        waits_in_steps(AdversarialTrainer, tmp_path, type(flags(tmp_path)), adv_method=method, adv_epsilon=epsilon)
+        for epsilon in (0.1, "auto")
+    )
+    assert found == fixed
+
+
 def test_the_count_can_see_a_wait():
     with Waits() as waits:
         torch.ones(2).sum().item()

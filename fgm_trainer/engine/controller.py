@@ -65,6 +65,11 @@ class EpsilonController:
         """This step's epsilon, a scalar tensor."""
         return self._state["epsilon"]
 
+    @property
+    def idle(self) -> bool:
+        """Whether epsilon is no larger than at the start; waits for the device."""
+        return bool(self.epsilon <= _START * self._state["length"])
+
     def observe(self, passes: Sequence[RunningPass], labels: Any, micro_batches: int = 1, rise: float = 1.0) -> None:
         """Notes an attacked micro-batch.
 
