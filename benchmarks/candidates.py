@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from fgm_trainer import AdversarialTrainerMixin, PartialFGM
 from fgm_trainer.attacks import ForwardPass, GradientPass, Passes, Step, TrainPass
+from fgm_trainer.engine.accelerate import bare
 
 
 class LeastCertain(PartialFGM):
@@ -128,7 +129,7 @@ class ShallowLook(AdversarialTrainerMixin, _TellsPasses):
     @contextmanager
     def cheaper(self, model: nn.Module) -> Iterator[None]:
         """BERT's encoder with half of its layers, the first among them."""
-        encoder: Any = self._inner(model).base_model.encoder
+        encoder: Any = bare(model, self.accelerator).base_model.encoder
         layers = encoder.layer
         encoder.layer = nn.ModuleList(list(layers)[::2])
         try:

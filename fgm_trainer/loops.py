@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import attacks
 from .attacks import AUTO, Step
-from .engine.accelerate import Engine
+from .engine.accelerate import Engine, bare
 from .engine.controller import EpsilonController
 from .engine.driver import Driver, RunningPass, unit_of
 from .engine.guessing import guessing_of
@@ -70,8 +70,7 @@ class Adversary:
         recover: bool = False,
     ) -> None:
         self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed
-        inner = model if accelerator is None else accelerator.unwrap_model(model)
-        inner = getattr(inner, "_orig_mod", inner)
+        inner = bare(model, accelerator)
         target = target or attack.default_target
         self._target = target if isinstance(target, Target) else find_target(target, inner)
         engine = Engine(accelerator, model, inner)

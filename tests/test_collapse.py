@@ -248,7 +248,7 @@ def test_a_run_that_says_the_same_of_all_is_warned_of_once(tmp_path, caplog, met
     model = constant(tiny())
     assert warned(tmp_path, caplog, model, easy(), adv_method=method, adv_epsilon=0.01) == 1
     assert "says nearly the same" in caplog.text
-    assert "adv_warmup" in caplog.text
+    assert "adv_epsilon='auto'" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["fgm", "partial_fgm", "pgd", "freelb", "vat", "smart"])

@@ -180,7 +180,7 @@ def test_the_loss_of_guessing_is_that_of_the_best_constant_answer():
 class Seen(AdversarialInOrder):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.epsilons = [*getattr(self, "epsilons", []), self._controller.epsilon.item()]
+        self.epsilons = [*getattr(self, "epsilons", []), self._run.controller.epsilon.item()]
         return loss
 
 

@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from models import AdversarialInOrder, batches, distance, padded_data, tiny, train, weights
+from models import batches, distance, padded_data, tiny, train, weights
 from test_faults import examples, flags, hooks, same, tiny_bert
 from transformers import TrainerCallback
 
 from fgm_trainer import AWP, FGM, PGD, SMART, VAT, AdversarialTrainer, FreeLB, TokenAware, loops
 from fgm_trainer.perturbation.lookups import mean_embedding_norm
-from fgm_trainer.trainer import STATE_FILE
+from fgm_trainer.run import STATE_FILE, AttackedRun
 
 
 def trained(path, attack=None, data=None, model=None, **settings):
@@ -255,17 +255,19 @@ def test_a_checkpoint_has_the_file_only_where_there_is_something_to_keep(tmp_pat
 
 
 @pytest.mark.parametrize("attack", KEEPING, ids=lambda a: a.name)
-def test_two_micro_batches_are_one_step_of_the_memory(attack):
+def test_two_micro_batches_are_one_step_of_the_memory(attack, monkeypatch):
     """The row of a token is the mean over the positions of the whole optimizer step, however it is split."""
     settled = []
 
-    class Counting(AdversarialInOrder):
-        def _settle(self):
-            settled.append(self._settle_due)
-            super()._settle()
+    settle = AttackedRun._settle
 
+    def counting(run):
+        settled.append(run._settle_due)
+        settle(run)
+
+    monkeypatch.setattr(AttackedRun, "_settle", counting)
     model = tiny("bert")
-    train(model, padded_data(model), trainer=Counting, batch=2, accumulate=2, extra={"attack": attack})
+    train(model, padded_data(model), batch=2, accumulate=2, extra={"attack": attack})
     assert settled == [True] * 4
 
 

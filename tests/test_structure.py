@@ -20,6 +20,7 @@ LAYERS = [
     "arguments",
     "metrics",
     "compatibility",
+    "run",
     "trainer",
 ]
 INSIDE = {

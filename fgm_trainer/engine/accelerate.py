@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+def bare(model: nn.Module, accelerator: Any) -> nn.Module:
+    """The model inside the wrappers of the engine and of torch.compile, its autocast kept."""
+    inner = model if accelerator is None else accelerator.unwrap_model(model)
+    unwrapped: nn.Module = getattr(inner, "_orig_mod", inner)
+    return unwrapped
+
+
 class Engine:
     """What runs the backward passes.
 
