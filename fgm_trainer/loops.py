@@ -88,7 +88,9 @@ class Adversary:
         if attack.epsilon == AUTO or recover:
             most = math.inf if attack.epsilon == AUTO else attack.in_units(self._unit).epsilon
             device = next(inner.parameters()).device
-            self.controller = EpsilonController(strength, device, guessing_of(inner), float(most))
+            self.controller = EpsilonController(
+                strength, device, guessing_of(inner), ceiling=self._target.ceiling, most=float(most)
+            )
 
     def backward(
         self,

@@ -252,7 +252,9 @@ class AttackedRun:
         kept: dict[str, Memory | None] = {"memory": driver.attack.new_memory(args.seed)}
         if plan.steers:
             most = math.inf if driver.attack.epsilon == AUTO else float(driver.attack.epsilon)
-            kept["controller"] = EpsilonController(plan.strength, args.device, self._guessing(driver), most)
+            kept["controller"] = EpsilonController(
+                plan.strength, args.device, self._guessing(driver), ceiling=driver.target.ceiling, most=most
+            )
         found = {name: each for name, each in kept.items() if each is not None}
         for name in found.keys() & self._saved.keys():
             found[name].load_state_dict(self._saved[name])

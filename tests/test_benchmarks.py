@@ -3,10 +3,11 @@
 import copy
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from models import batches, distance, padded_data, tiny, weights
@@ -15,6 +16,7 @@ from transformers import set_seed
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import defaults  # noqa: E402
 import step  # noqa: E402
 from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD  # noqa: E402
 from by_hand import by_hand  # noqa: E402
@@ -143,3 +145,47 @@ def test_examples_are_chosen_by_what_earlier_epochs_said(tmp_path, monkeypatch, 
     scores = [-row[-2] if kind is LeastCertainBefore else abs(row[-2] - row[-3]) for row in met]
     assert len(set(scores)) == 4
     assert chosen[-1] == sorted(range(4), key=lambda row: -scores[row])[:2]
+
+
+# What methods do at their defaults ------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_their_definitions():
+    found, labels = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])
+    # True and false positives and negatives: 2, 1, 2, 1.
+    assert defaults.matthews(found, labels) == pytest.approx((2 * 2 - 1 * 1) / (3 * 3 * 3 * 3) ** 0.5)
+    assert defaults.matthews(np.zeros(6), labels) == 0
+    found, labels = np.array([0, 3, 2, 0, 1]), np.array([0, 3, 1, 1, 0])
+    # One entity token is right, of three found and three there.
+    assert defaults.entity_f1(found, labels) == pytest.approx(1 / 3)
+    assert defaults.entity_f1(np.zeros(5), labels) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "collapsed"),
+    [
+        ("classes", [0] * 98 + [1] * 2, True),
+        ("classes", [0] * 97 + [1] * 3, False),
+        ("numbers", [2.5, 2.6] * 50, True),
+        ("numbers", [1.0, 4.0] * 50, False),
+        ("tags", [0] * 100, True),
+        ("tags", [0] * 99 + [3], False),
+    ],
+)
+def test_a_model_that_says_the_same_of_everything_has_collapsed(kind, found, collapsed):
+    task = defaults.Task(kind, 2, [], [], defaults.matthews)
+    assert defaults.collapsed(task, np.array(found), np.array([0.0, 5.0] * 50)) is collapsed
+
+
+def test_a_table_has_a_line_for_each_setting_and_counts_the_warnings(capsys):
+    run = asdict(defaults.Run("minilm", "movies", 1000, 16, 1e-4, 0, "stock", ""))
+    run |= {"clean": 0.8, "robust": 0.2, "collapsed": False, "warned": False, "seconds": 10.0}
+    attacked = [
+        run | {"method": "fgm", "epsilon": "auto", "seed": seed, "clean": clean, "seconds": 19.0, "warned": seed == 1}
+        for seed, clean in ((0, 0.79), (1, 0.81))
+    ]
+    defaults.tables([run, *attacked])
+    printed = capsys.readouterr().out
+    assert "| stock |  |  | 1 | 80.0 | 20.0 | 0 | 0 | 1.00 |" in printed
+    assert "| fgm | auto |  | 2 | 80.0 (79.0-81.0) | 20.0 (20.0-20.0) | 0 | 1 | 1.90 |" in printed
+    assert "0 hits, 0 misses, 1 false alarms, 2 rightly silent" in printed

@@ -15,8 +15,8 @@ from .guessing import GuessingLoss
 
 # The first step's epsilon, before the length of what is perturbed is known.
 _FIRST = 1e-4
-# Relative to that length: below which epsilon never falls, where it starts, and above which it never rises.
-_FLOOR, _START, _CEILING = 1e-5, 1e-3, 1.0
+# Relative to that length: below which epsilon never falls, and where it starts.
+_FLOOR, _START = 1e-5, 1e-3
 # How much of the smoothed losses is kept from step to step, and the factors by which epsilon falls and rises at most.
 _DECAY = 0.9
 _FALL, _RISE = 0.5, 1.1
@@ -37,9 +37,9 @@ class EpsilonController:
         target    = strength * max(H - c, 0)
         epsilon <- epsilon * clip((target / g) * (e / epsilon), 0.5, 1.1)
 
-    between 1e-5 and 1 times the length of what is perturbed; it starts at 1e-3 times that, and may double where it is
-    smaller. Where H is not known (language models, a loss of your own), H - c is what training has gained so far, and a
-    tenth of c at least.
+    between a floor and a ceiling that are relative to the length of what is perturbed. It starts at 1e-3 times that,
+    and may double where it is smaller. Where H is not known (language models, a loss of your own), H - c is what
+    training has gained so far, and a tenth of c at least.
 
     A `Memory`: settled between optimizer steps, the same on all processes, saved with a checkpoint. Its state is on the
     device, and nothing is read from there.
@@ -48,11 +48,20 @@ class EpsilonController:
         strength: 1 lets the loss under attack reach that of guessing.
         device: where the model is.
         guessing: knows H.
-        most: what epsilon never exceeds, besides the ceiling.
+        ceiling: what epsilon never exceeds, relative to the length of what is perturbed (`Target.ceiling`).
+        most: what it never exceeds either.
     """
 
-    def __init__(self, strength: float, device: torch.device, guessing: GuessingLoss, most: float = math.inf) -> None:
-        self._strength, self._guessing, self._most = strength, guessing, most
+    def __init__(
+        self,
+        strength: float,
+        device: torch.device,
+        guessing: GuessingLoss,
+        *,
+        ceiling: float = 0.1,
+        most: float = math.inf,
+    ) -> None:
+        self._strength, self._guessing, self._ceiling, self._most = strength, guessing, ceiling, most
         names = ("clean", "added", "mean_epsilon", "weight", "start", "steps", "length")
         self._state = {name: torch.zeros((), device=device) for name in names}
         self._state["epsilon"] = torch.full((), min(most, _FIRST), device=device)
@@ -114,18 +123,22 @@ class EpsilonController:
         sums, self._observed = total(torch.stack(self._observed).sum(0)), []
         count, clean, added, relative, rows = sums[:5]
         self._state["labels"] = self._state["labels"] + sums[5:]
-        self._smooth(clean / count, added / count)
-        self._state["epsilon"] = self._within(self._steered(), self.epsilon * rows / relative)
+        attacked = self._smooth(clean / count, added / count)
+        steered = torch.where(attacked, self._steered(), self.epsilon)
+        # A loss that an attack takes out of range.
+        steered = torch.where(added.isnan() | (added == math.inf), self.epsilon * _FALL, steered)
+        self._state["epsilon"] = self._within(steered, self.epsilon * rows / relative)
 
-    def _smooth(self, clean: Tensor, added: Tensor) -> None:
+    def _smooth(self, clean: Tensor, added: Tensor) -> Tensor:
+        """Takes a step's losses into the means; whether it had both."""
         state = self._state
         early = (state["steps"] < _START_STEPS) & clean.isfinite()
         start = state["start"] + (clean - state["start"]) / (state["steps"] + 1)
         state["start"], state["steps"] = torch.where(early, start, state["start"]), state["steps"] + early
-        # Steps without attack, and those that overflowed, say nothing of what an attack adds.
         attacked = clean.isfinite() & added.isfinite()
         for name, value in (("clean", clean), ("added", added), ("mean_epsilon", self.epsilon), ("weight", 1.0)):
             state[name] = torch.where(attacked, _DECAY * state[name] + (1 - _DECAY) * value, state[name])
+        return attacked
 
     def _steered(self) -> Tensor:
         state = self._state
@@ -147,7 +160,9 @@ class EpsilonController:
         state = self._state
         first = (state["length"] == 0) & length.isfinite()
         known = state["length"] = torch.where(first, length, state["length"])
-        within = torch.where(first | steered.isnan(), _START * known, steered.clamp(_FLOOR * known, _CEILING * known))
+        within = torch.where(
+            first | steered.isnan(), _START * known, steered.clamp(_FLOOR * known, self._ceiling * known)
+        )
         return torch.where(known > 0, within.clamp(max=self._most), self.epsilon)
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Target:
     """
 
     scopes: tuple[str, ...] = ("example", "token")
+    # What epsilon `auto` never exceeds, relative to the length of the tensor: of 25 tokens a tenth is half of one.
+    ceiling: float = 0.1
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None

@@ -136,6 +136,8 @@ class InputTensor(Target):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        # Pixels bear more than embeddings do.
+        self.ceiling = Target.ceiling if name == "inputs_embeds" else 0.5
         self._may_ask: list[Any] = []
         self._askers: list[Any] = []
 
