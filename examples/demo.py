@@ -67,11 +67,9 @@ Run = dict[str, dict[str, Measured]]
 class DemoArguments:
     """What the demo lets one choose."""
 
-    adv_epsilon: str = field(default="auto", metadata={"help": "Size of the perturbation in training, or `auto`."})
-    adv_scope: str | None = field(default=None, metadata={"help": "`vocabulary`, `example` or `token`."})
-    adv_warmup: float | None = field(
-        default=None, metadata={"help": "Fraction of training over which a fixed epsilon rises."}
-    )
+    adv_epsilon: float = field(default=0.2, metadata={"help": "Size of the perturbation in training."})
+    adv_scope: str = field(default="example", metadata={"help": "`vocabulary`, `example` or `token`."})
+    adv_warmup: float = field(default=0.5, metadata={"help": "Fraction of training over which epsilon rises."})
     seed: int = field(default=0, metadata={"help": "Seed of the new head, the order of the data and the dropout."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Several seeds: prints mean and spread."})
     train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
@@ -104,7 +102,7 @@ def run_seed(args: DemoArguments, seed: int, folder: Path, reviews: Reviews) -> 
     train = encode(tokenizer, reviews.train[: args.train_samples])
     tests = {name: encode(tokenizer, getattr(reviews, name)) for name in SETS}
     run: Run = {name: {} for name in SETS}
-    for name, epsilon in zip(MODELS, ("0", args.adv_epsilon), strict=True):
+    for name, epsilon in zip(MODELS, (0.0, args.adv_epsilon), strict=True):
         print(f"\nSeed {seed}, {name}: training on {len(train)} movie snippets", flush=True)
         model = train_model(args, seed, epsilon, folder, train, collate)
         for test, examples in tests.items():
@@ -124,7 +122,7 @@ def measure(
 
 
 def train_model(
-    args: DemoArguments, seed: int, epsilon: str, folder: Path, train: list[dict[str, Any]], collate: Any
+    args: DemoArguments, seed: int, epsilon: float, folder: Path, train: list[dict[str, Any]], collate: Any
 ) -> torch.nn.Module:
     """One epoch. Epsilon 0 is the stock Trainer, so nothing else differs between the two models."""
     training = AdversarialTrainingArguments(
@@ -139,7 +137,7 @@ def train_model(
         seed=seed,
         adv_epsilon=epsilon,
         adv_scope=args.adv_scope,
-        adv_warmup=args.adv_warmup if epsilon not in ("0", "auto") else None,
+        adv_warmup=args.adv_warmup,
         **GROUP_BY_LENGTH,
     )
     trainer = AdversarialTrainer(
@@ -241,7 +239,8 @@ def note(args: DemoArguments, runs: dict[int, Run], seconds: float) -> str:
         f"error) is at most {few} under attack ({measured.report.examples} snippets) and {many} in the first row "
         f"({measured.clean_examples}).\n"
         "Epsilon is the L2 length of the perturbation of a snippet's embeddings; noise is a random direction of that "
-        f"length.\nAdversarial: FGM, epsilon {args.adv_epsilon}. {seconds:.0f} seconds in all. Written:"
+        f"length.\nAdversarial: FGM, scope {args.adv_scope}, epsilon {args.adv_epsilon:g}, warm-up "
+        f"{args.adv_warmup:g}. {seconds:.0f} seconds in all. Written:"
     )
 
 

@@ -188,4 +188,4 @@ def test_a_table_has_a_line_for_each_setting_and_counts_the_warnings(capsys):
     printed = capsys.readouterr().out
     assert "| stock |  |  | 1 | 80.0 | 20.0 | 0 | 0 | 1.00 |" in printed
     assert "| fgm | auto |  | 2 | 80.0 (79.0-81.0) | 20.0 (20.0-20.0) | 0 | 1 | 1.90 |" in printed
-    assert "0 hits, 0 misses, 1 false alarms, 2 rightly silent" in printed
+    assert "0 hits, 0 misses, 1 false alarms, 1 rightly silent" in printed

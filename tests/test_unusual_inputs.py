@@ -65,7 +65,9 @@ NORMALISED = {"mean": 0.45, "deviation": 0.225}
 def test_a_range_before_normalisation_on_normalised_pixels_is_refused_at_the_first_batch(tmp_path, attack):
     model = Pixels()
     before = copy.deepcopy(model.state_dict())
-    args = flags(tmp_path, adv_clip=[0.0, 1.0], adv_target="pixel_values", remove_unused_columns=False)
+    args = flags(
+        tmp_path, adv_epsilon=None, adv_clip=[0.0, 1.0], adv_target="pixel_values", remove_unused_columns=False
+    )
     trainer = AdversarialTrainer(model=model, args=args, train_dataset=pixels(**NORMALISED), attack=attack)
     with pytest.raises(ValueError, match=r"lie outside of the valid range, which is 0 to 1 .*processing_class"):
         trainer.train()
@@ -81,7 +83,14 @@ def test_clipping_moves_no_further_than_the_attack(tmp_path, added, norm):
     data = pixels()
     for row in data:
         row["pixel_values"][0, :2] = 1.0005
-    args = flags(tmp_path, adv_clip=[0.0, 1.0], adv_target="pixel_values", remove_unused_columns=False, max_steps=1)
+    args = flags(
+        tmp_path,
+        adv_epsilon=None,
+        adv_clip=[0.0, 1.0],
+        adv_target="pixel_values",
+        remove_unused_columns=False,
+        max_steps=1,
+    )
     attack = FGM(epsilon=1e-4, norm=norm)
     AdversarialTrainer(model=Pixels(), args=args, train_dataset=data, attack=attack).train()
     (delta, _), *_ = added
