@@ -202,11 +202,11 @@ def trained(batch=8, accumulate=1, size=64, **flags):
     return train(model, data, trainer=Seen, batch=batch, accumulate=accumulate, extra=extra, **flags)
 
 
-@pytest.mark.parametrize("scope", ["vocabulary", "example", "token"])
-@pytest.mark.parametrize("method", sorted(ATTACKS))
-def test_every_method_finds_an_epsilon_in_every_scope(method, scope):
-    if method == "awp":
-        scope = None
+OTHER_SCOPES = [("fgm", "example"), ("fgm", "token"), ("freelb", "vocabulary"), ("vat", "token")]
+
+
+@pytest.mark.parametrize(("method", "scope"), [*((method, None) for method in sorted(ATTACKS)), *OTHER_SCOPES])
+def test_every_method_finds_an_epsilon(method, scope):
     flags = {"adv_epsilon": "auto", "adv_method": method, "adv_scope": scope, "num_train_epochs": 3, "batch": 8}
     trainer = train(tiny("bert"), learnable(120), trainer=Seen, lr=0.05, **flags)
     logged = [line["adv_epsilon"] for line in trainer.state.log_history if "adv_epsilon" in line]

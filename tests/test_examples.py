@@ -217,7 +217,7 @@ import run_glue_no_trainer as script
 class Plain:
     def __init__(self, model, attack, accelerator, **rest):
         self.model, self.accelerator = model, accelerator
-    def backward(self, batch, epsilon):
+    def backward(self, batch, factor):
         loss = self.model(**batch).loss
         self.accelerator.backward(loss)
         return loss.detach()
