@@ -53,7 +53,7 @@ $(VENV)/bench: $(VENV)/ready
 $(VENV)/distributed: $(VENV)/ready
 	$(RUN) -m pip install --quiet -c constraints.txt setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation \
-		-e ".[deepspeed,ray]"
+		-e ".[deepspeed,ray,trainers]"
 	touch $@
 
 .venv-oldest/ready: constraints-oldest.txt setup.cfg

@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/defaults.py --tables
 
 Every run is one JSON line; a run whose line is there is not made again, so a study can be cut into pieces. `movies` are
-the demo's snippets; the other tasks are folders in `--data` with `train.jsonl` and `validation.jsonl` in GLUE's
-columns (`wnut17`: `tokens` and `ner_tags`). Models: all-MiniLM-L6-v2, `random` (BERT of 2 layers of 128 from random
-weights), or a folder.
+the demo's snippets, `movies_sst2` the same with SST-2's validation set as held-out rows; the other tasks are folders in
+`--data` with `train.jsonl` and `validation.jsonl` in GLUE's columns (`wnut17`: `tokens` and `ner_tags`). Models:
+all-MiniLM-L6-v2, `random` (BERT of 2 layers of 128 from random weights), or a folder.
 
 Figures: accuracy; Matthews correlation (cola), Pearson correlation (numbers), F1 of the tokens of entities (wnut17).
 Robust: the same under PGD of 10 steps whose L2 length is `--attack_length` times the mean norm of a token's embedding.
@@ -50,7 +50,7 @@ from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
 from fgm_trainer.attacks import PGD, Step
 from fgm_trainer.engine.driver import unit_of
 from fgm_trainer.perturbation.targets import find_target
-from fgm_trainer.robustness.evaluate import evaluating, under_attack
+from fgm_trainer.robustness.evaluate import evaluating, passes_of
 
 LISTED: dict[str, Any] = {"nargs": "+"}
 
@@ -77,7 +77,9 @@ class DefaultsArguments:
     output: str = field(default="runs/defaults.jsonl", metadata={"help": "Where the lines go; those there are kept."})
     data: str = field(default="../shared/data", metadata={"help": "The folder of the other tasks."})
     models: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": "`minilm`, `random`, folders."})
-    tasks: list[str] = field(default_factory=lambda: ["movies"], metadata={"help": "`movies`, folders in `data`."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["movies"], metadata={"help": "`movies`, `movies_sst2`, folders in `data`."}
+    )
     methods: list[str] = field(default_factory=lambda: ["stock", "fgm"], metadata={"help": "`stock` and methods."})
     epsilons: list[str] = field(
         default_factory=lambda: ["default"], metadata={"help": "`default` (nothing is passed), `auto`, numbers."}
@@ -101,23 +103,28 @@ class DefaultsArguments:
 
 @dataclass(frozen=True)
 class Task:
-    """Tokenised rows, what to predict, and the figure by which it is judged: (predictions, labels) -> a number."""
+    """Tokenised rows, what to predict, the figure by which it is judged: (predictions, labels) -> a number; the names
+    of tags, and the held-out rows as they were.
+    """
 
     kind: str
     outputs: int
     train: list[dict[str, Any]]
     test: list[dict[str, Any]]
     figure: Callable[[np.ndarray, np.ndarray], float]
+    tags: tuple[str, ...] = ()
+    raw: tuple[dict[str, Any], ...] = ()
 
 
 def load_task(args: DefaultsArguments, name: str, rows: int, tokenizer: Any) -> Task:
     """The rows of a task."""
-    if name == "movies":
+    if name.startswith("movies"):
         reviews = load_reviews()
         parts = [[{"sentence": r.text, "label": r.label} for r in part] for part in (reviews.train, reviews.movies)]
+        if name == "movies_sst2":
+            parts[1] = read_rows(Path(args.data) / "sst2" / "validation.jsonl")
     else:
-        files = [Path(args.data) / name / f"{part}.jsonl" for part in ("train", "validation")]
-        parts = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+        parts = [read_rows(Path(args.data) / name / f"{part}.jsonl") for part in ("train", "validation")]
     # GLUE's files stand in the order in which they were collected.
     train, test = (
         [part[i] for i in torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count].tolist()]
@@ -125,12 +132,18 @@ def load_task(args: DefaultsArguments, name: str, rows: int, tokenizer: Any) -> 
     )
     if "tokens" in train[0]:
         tags = sorted({tag for row in parts[0] for tag in row["ner_tags"]}, key=lambda tag: (tag != "O", tag))
-        return Task("tags", len(tags), *(tag_tokens(tokenizer, part, tags) for part in (train, test)), entity_f1)
+        encoded = [tag_tokens(tokenizer, part, tags) for part in (train, test)]
+        return Task("tags", len(tags), *encoded, entity_f1, tuple(tags), tuple(test))
     encoded = [encode(tokenizer, part) for part in (train, test)]
     if any(isinstance(row["label"], float) for row in train):
         return Task("numbers", 1, *encoded, lambda found, labels: float(np.corrcoef(found, labels)[0, 1]))
     figure = matthews if name == "cola" else lambda found, labels: float((found == labels).mean())
-    return Task("classes", 1 + max(row["label"] for row in parts[0]), *encoded, figure)
+    return Task("classes", 1 + max(row["label"] for row in parts[0]), *encoded, figure, raw=tuple(test))
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def encode(tokenizer: Any, rows: list[dict]) -> list[dict[str, Any]]:
@@ -191,7 +204,7 @@ def train(args: DefaultsArguments, run: Run, task: Task, tokenizer: Any, collate
     logs = [line for line in trainer.state.log_history if "loss" in line]
     kept = ("loss", "adv_loss", "adv_epsilon", "adv_delta_norm", "adv_delta_ratio")
     shown = {name: [float(f"{line[name]:.4g}") for line in logs if name in line] for name in kept}
-    return model, {"seconds": seconds, "warned": trainer._run.watch.said, **shown}
+    return model, {"seconds": seconds, "warned": trainer._run.figures.watch.said, **shown}
 
 
 def new_model(name: str, task: Task) -> nn.Module:
@@ -200,7 +213,8 @@ def new_model(name: str, task: Task) -> nn.Module:
     of = AutoModelForTokenClassification if task.kind == "tags" else AutoModelForSequenceClassification
     folder = pretrained_model() if name in ("minilm", "random") else name
     if name != "random":
-        return of.from_pretrained(folder, num_labels=task.outputs)
+        named = {"id2label": dict(enumerate(task.tags))} if task.tags else {}
+        return of.from_pretrained(folder, num_labels=task.outputs, **named)
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
     return of.from_config(BertConfig(vocab_size=vocabulary, num_labels=task.outputs, **sizes))
@@ -215,7 +229,7 @@ def measure(args: DefaultsArguments, model: nn.Module, task: Task, collate: Any)
 
     def attacked(batch: dict[str, Tensor]) -> Tensor:
         step = Step(length, 0, examples=len(batch["labels"]))
-        return under_attack(model, target, batch, attack, step, "example").outputs.logits
+        return passes_of(model, target, batch, attack, step, "example")[-1].outputs.logits
 
     with evaluating(model, target):
         robust = answers(model, batches(task.test[: args.attacked_samples], collate), attacked)

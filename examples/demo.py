@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer.robustness import RobustnessReport, evaluate_robustness
+from fgm_trainer.robustness import RobustnessReport, compare, evaluate_robustness
 from fgm_trainer.robustness.plotting import plot_robustness
 
 MODELS = ("plain", "adversarial")
@@ -67,9 +67,9 @@ Run = dict[str, dict[str, Measured]]
 class DemoArguments:
     """What the demo lets one choose."""
 
-    adv_epsilon: float = field(default=0.2, metadata={"help": "Size of the perturbation in training."})
+    adv_epsilon: str = field(default="auto", metadata={"help": "Size of the perturbation in training, or `auto`."})
     adv_scope: str = field(default="example", metadata={"help": "`vocabulary`, `example` or `token`."})
-    adv_warmup: float = field(default=0.5, metadata={"help": "Fraction of training over which epsilon rises."})
+    adv_warmup: float = field(default=0.5, metadata={"help": "Fraction of training over which the attack grows."})
     seed: int = field(default=0, metadata={"help": "Seed of the new head, the order of the data and the dropout."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Several seeds: prints mean and spread."})
     train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
@@ -77,6 +77,9 @@ class DemoArguments:
     clean_samples: int = field(default=1000, metadata={"help": "Snippets of each test set without attack."})
     test_epsilons: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.4], metadata={"help": "Lengths of the attack in the evaluation."}
+    )
+    test_attacks: str = field(
+        default="quick", metadata={"help": "`quick`, or `strong`, which takes an hour.", "choices": ["quick", "strong"]}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate, for both models."})
     batch_size: int = field(default=16, metadata={"help": "Snippets a training step."})
@@ -102,7 +105,7 @@ def run_seed(args: DemoArguments, seed: int, folder: Path, reviews: Reviews) -> 
     train = encode(tokenizer, reviews.train[: args.train_samples])
     tests = {name: encode(tokenizer, getattr(reviews, name)) for name in SETS}
     run: Run = {name: {} for name in SETS}
-    for name, epsilon in zip(MODELS, (0.0, args.adv_epsilon), strict=True):
+    for name, epsilon in zip(MODELS, ("0", args.adv_epsilon), strict=True):
         print(f"\nSeed {seed}, {name}: training on {len(train)} movie snippets", flush=True)
         model = train_model(args, seed, epsilon, folder, train, collate)
         for test, examples in tests.items():
@@ -117,12 +120,12 @@ def measure(
     """Accuracy without attack on many snippets, and with every attack on the first of them."""
     many, few = (by_length(examples[:n]) for n in (args.clean_samples, args.test_samples))
     clean = evaluate_robustness(model, many, epsilons=[0.0], collate_fn=collate, progress=False).clean
-    report = evaluate_robustness(model, few, epsilons=args.test_epsilons, collate_fn=collate, seed=seed)
+    report = evaluate_robustness(model, few, args.test_attacks, args.test_epsilons, collate_fn=collate, seed=seed)
     return Measured(clean, len(many), report)
 
 
 def train_model(
-    args: DemoArguments, seed: int, epsilon: float, folder: Path, train: list[dict[str, Any]], collate: Any
+    args: DemoArguments, seed: int, epsilon: str, folder: Path, train: list[dict[str, Any]], collate: Any
 ) -> torch.nn.Module:
     """One epoch. Epsilon 0 is the stock Trainer, so nothing else differs between the two models."""
     training = AdversarialTrainingArguments(
@@ -181,7 +184,8 @@ def write_results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> 
     (folder / "demo_results.json").write_text(json.dumps(results(args, runs, seconds), indent=2) + "\n")
     seed, run = next(iter(runs.items()))
     curves = {model: measured.report for model, measured in run["movies"].items()}
-    plot_robustness(curves, folder / "robustness.png", f"all-MiniLM-L6-v2, held-out movie snippets, seed {seed}")
+    title = f"all-MiniLM-L6-v2, held-out movie snippets, seed {seed}"
+    plot_robustness(curves, folder / "robustness.png", title, attack=list(curves["plain"].scores)[-1])
     with (folder / "table.md").open("w", encoding="utf-8") as file:
         Console(file=file, width=200).print(table(runs, box.MARKDOWN))
     console = Console()
@@ -239,8 +243,21 @@ def note(args: DemoArguments, runs: dict[int, Run], seconds: float) -> str:
         f"error) is at most {few} under attack ({measured.report.examples} snippets) and {many} in the first row "
         f"({measured.clean_examples}).\n"
         "Epsilon is the L2 length of the perturbation of a snippet's embeddings; noise is a random direction of that "
-        f"length.\nAdversarial: FGM, scope {args.adv_scope}, epsilon {args.adv_epsilon:g}, warm-up "
-        f"{args.adv_warmup:g}. {seconds:.0f} seconds in all. Written:"
+        f"length.\nAdversarial: FGM, scope {args.adv_scope}, epsilon {args.adv_epsilon}, warm-up "
+        f"{args.adv_warmup:g}.\n{differences(runs)}{seconds:.0f} seconds in all. Written:"
+    )
+
+
+def differences(runs: dict[int, Run]) -> str:
+    """How the two models differ under the last attack, on the same snippets of the first seed: a line an epsilon."""
+    seed, run = next(iter(runs.items()))
+    plain, adversarial = (run["movies"][model].report for model in MODELS)
+    name = list(plain.scores)[-1]
+    return "".join(
+        f"Under {name} of {each.epsilon:g}, seed {seed}: {100 * each.difference:+.1f} points (95 % interval "
+        f"{100 * each.interval[0]:+.1f} to {100 * each.interval[1]:+.1f}, McNemar's p = {each.p_value:.2g}).\n"
+        for each in compare(plain, adversarial)
+        if each.attack == name
     )
 
 

@@ -119,6 +119,13 @@ class DataTrainingArguments:
         default=False,
         metadata={"help": "Also evaluate under attack, on the validation split (MNLI: matched): robust_* figures."},
     )
+    robustness_attacks: str = field(
+        default="quick",
+        metadata={
+            "help": "What eval_robustness attacks with: `quick`, or `strong` at many times the cost.",
+            "choices": ["quick", "strong"],
+        },
+    )
     robustness_epsilons: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.4],
         metadata={"help": "The L2 lengths of the perturbation of an example that eval_robustness tries."},
@@ -468,22 +475,6 @@ def write_predictions(path: str, predictions: np.ndarray, labels: Labels) -> Non
     shown = [f"{value:.3f}" if labels.regression else labels.names[value] for value in predictions]
     lines = [f"{index}\t{value}" for index, value in enumerate(shown)]
     Path(path).write_text("\n".join(["index\tprediction", *lines, ""]), encoding="utf-8")
-
-
-def print_robustness(report: Any) -> None:
-    """The report as a table: a row an attack, a column an epsilon."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{report.metric.replace('_', ' ')} of {report.examples} examples")
-    for head in ("attack", "clean", *(f"epsilon {e:g}" for e in report.epsilons)):
-        table.add_column(head, justify="left" if head == "attack" else "right")
-    for attack, scores in report.scores.items():
-        table.add_row(attack, *(f"{score:.4f}" for score in (report.clean, *scores)))
-        if report.pearson:
-            correlations = (report.clean_pearson, *report.pearson[attack])
-            table.add_row("  Pearson", *(f"{score:.4f}" for score in correlations))
-    Console().print(table)
 
 
 def quiet_unless(main_process: bool) -> None:

@@ -23,7 +23,6 @@ from glue_data import (
     parse,
     predictions_of,
     prepare,
-    print_robustness,
     quiet_unless,
     splits_of,
     write_predictions,
@@ -32,6 +31,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
+from fgm_trainer.robustness import print_robustness
 
 
 @dataclass
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.do_eval:
         found |= evaluate(trainer, prepared, evaluated)
     if data_args.eval_robustness:
-        found |= evaluate_robustness(trainer, prepared.splits[evaluated[0][0]], data_args.robustness_epsilons)
+        found |= evaluate_robustness(trainer, prepared.splits[evaluated[0][0]], data_args)
     if args.do_predict:
         found |= predict(trainer, prepared, predicted, data_args.task_name)
     finish(trainer, model_args, data_args)
@@ -137,9 +137,12 @@ def evaluate(trainer: AdversarialTrainer, prepared: Prepared, splits: list[tuple
     return record(trainer, "eval", figures)
 
 
-def evaluate_robustness(trainer: AdversarialTrainer, dataset: Any, epsilons: list[float]) -> dict[str, float]:
+def evaluate_robustness(
+    trainer: AdversarialTrainer, dataset: Any, data_args: DataTrainingArguments
+) -> dict[str, float]:
     """Figures under attack."""
-    report = trainer.evaluate_robustness(dataset, epsilons=epsilons)
+    attacks, epsilons = data_args.robustness_attacks, data_args.robustness_epsilons
+    report = trainer.evaluate_robustness(dataset, attacks=attacks, epsilons=epsilons)
     if trainer.is_world_process_zero():
         print_robustness(report)
     return record(trainer, "robust", report.metrics() | {"robust_samples": report.examples})

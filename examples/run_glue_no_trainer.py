@@ -29,7 +29,6 @@ from glue_data import (
     parse,
     predictions_of,
     prepare,
-    print_robustness,
     quiet_unless,
     splits_of,
     write_predictions,
@@ -40,7 +39,7 @@ from transformers import HfArgumentParser, SchedulerType, get_scheduler
 
 from fgm_trainer.arguments import AdversarialArguments
 from fgm_trainer.loops import Adversary
-from fgm_trainer.robustness import evaluate_robustness
+from fgm_trainer.robustness import evaluate_robustness, print_robustness
 
 
 @dataclass
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     model, found = train(accelerator, args, prepared, evaluate)
     if data_args.eval_robustness:
-        found |= robustness(accelerator, model, prepared, evaluated[0][0], args, data_args.robustness_epsilons)
+        found |= robustness(accelerator, model, prepared, evaluated[0][0], args, data_args)
     for split, suffix in predicted:
         predictions, _ = predict(accelerator, model, prepared, split, args.per_device_eval_batch_size)
         if args.output_dir is not None and accelerator.is_main_process:
@@ -173,13 +172,19 @@ def predict(accelerator: Accelerator, model: Any, prepared: Prepared, split: str
 
 
 def robustness(
-    accelerator: Accelerator, model: Any, prepared: Prepared, split: str, args: LoopArguments, epsilons: list[float]
+    accelerator: Accelerator,
+    model: Any,
+    prepared: Prepared,
+    split: str,
+    args: LoopArguments,
+    data_args: DataTrainingArguments,
 ) -> dict[str, float]:
     """Figures under attack; every process evaluates all of the split."""
     report = evaluate_robustness(
         accelerator.unwrap_model(model),
         prepared.splits[split],
-        epsilons=epsilons,
+        data_args.robustness_attacks,
+        data_args.robustness_epsilons,
         # A model that was trained on perturbed weights is evaluated on perturbed inputs.
         target=None if args.adv_target == "weights" else args.adv_target,
         epsilon_unit=args.adv_epsilon_unit,

@@ -22,6 +22,7 @@ from .attacks import (
 
 if TYPE_CHECKING:
     from .arguments import AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
+    from .launcher import patch
     from .trainer import AdversarialSeq2SeqTrainer, AdversarialTrainer, AdversarialTrainerMixin
 
 __version__ = "0.2.0"
@@ -45,6 +46,7 @@ __all__ = [
     "Noise",
     "PartialFGM",
     "TokenAware",
+    "patch",
     "register",
 ]
 
@@ -54,6 +56,7 @@ _LAZY = {
     "AdversarialTrainer": "trainer",
     "AdversarialTrainerMixin": "trainer",
     "AdversarialSeq2SeqTrainer": "trainer",
+    "patch": "launcher",
 }
 
 

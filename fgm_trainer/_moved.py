@@ -16,7 +16,7 @@ MOVED = {
     "inspection": "perturbation.lookups",
     "monitoring": "metrics",
     "objective": "perturbation.divergence",
-    "passes": "perturbation.forward_pass",
+    "passes": "perturbation.calls",
     "plotting": "robustness.plotting",
     "randomness": "engine.dropout",
     "raw": "loops",

@@ -18,6 +18,9 @@ from .perturbation.geometry import NORMS, SCOPES
 
 _METHODS = ", ".join(sorted(ATTACKS))
 
+# Flags that count more than what arguments say (`launcher.patch`).
+GIVEN: dict[str, Any] = {}
+
 
 @dataclass
 class AdversarialArguments:
@@ -50,7 +53,7 @@ class AdversarialArguments:
         default=None,
         metadata={
             "help": "Over which entries a norm is taken: `vocabulary` (rows of the lookup's weight, over the "
-            "micro-batch), `example`, `token`. Default: the method's own; `example` where the target is no lookup."
+            "micro-batch), `example`, `token`. Default: `example`; `vocabulary` for fgm with a fixed epsilon."
         },
     )
     adv_norm: str | None = field(
@@ -125,6 +128,8 @@ class AdversarialArguments:
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+        for name, value in GIVEN.items():
+            setattr(self, name, value)
         problems: list[str] = []
         if isinstance(self.adv_kwargs, str):
             try:

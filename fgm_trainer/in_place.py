@@ -16,6 +16,7 @@ from .perturbation.lookups import (
     find_module,
     input_embedding,
     is_lookup,
+    is_sharded,
     path_of,
     same_weight,
     shared_lookups,
@@ -62,7 +63,7 @@ class FGM:
         self._model = model
         self._lookups = shared_lookups(model, lookup)
         self._met: list[_Read] = []
-        self._refuse(lookup)
+        _refuse(model, self._lookups, lookup, was_read=False)
         self._backward_pass = -1
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self._handles = [m.register_forward_hook(Hook(self._on_lookup), with_kwargs=True) for m in self._lookups]
@@ -87,16 +88,16 @@ class FGM:
             raise RuntimeError("attack() was called twice: call restore() before the next attack.")
         check_epsilon(epsilon)
         lookup = self._lookup_that_was_read()
-        self._refuse(lookup)
+        _refuse(self._model, self._lookups, lookup, was_read=True)
         table = table_of(lookup)
         weight: Tensor = table.weight  # type: ignore[assignment]
         if emb_name is not None:
-            self._check_name(emb_name, weight)
-        rows, delta = self._step(epsilon, getattr(table, "padding_idx", None))
+            _check_name(self._model, emb_name, weight)
+        rows, delta = _step(self._met, epsilon, getattr(table, "padding_idx", None))
         with torch.no_grad():
             self._kept = weight, rows, weight[rows].clone()
             try:
-                self._check_reads(weight, rows[delta.any(-1)])
+                _check_reads(self._model, self._met, weight, rows[delta.any(-1)])
                 weight[rows] += delta.to(weight.dtype)
             except BaseException:
                 self.restore()
@@ -176,84 +177,6 @@ class FGM:
     def _hooked(self) -> str:
         return ", ".join(path_of(self._model, m) for m in self._lookups)
 
-    def _step(self, epsilon: float, padding: int | None) -> tuple[Tensor, Tensor]:
-        """The rows that were looked up, and what each moves by."""
-        ids = torch.cat([read.ids.flatten() for read in self._met])
-        gradients = torch.cat([read.gradient.flatten(0, -2) for read in self._met])
-        rows, place = ids.unique(return_inverse=True)
-        pooled = gradients.new_zeros(len(rows), gradients.shape[-1]).index_add_(0, place, gradients)
-        if padding is not None:
-            # The weight's own gradient is zero at the padding row.
-            pooled[rows == padding] = 0
-        return rows, epsilon * geometry.ascent(pooled[None], "l2", geometry.Units("example"))[0]
-
-    def _check_reads(self, weight: Tensor, rows: Tensor) -> None:
-        """Raises RuntimeError unless what the lookups return changes with each of the weight's rows.
-
-        The rows are put far away for it: a small step may be lost in a lookup that rounds, a long one in one that
-        normalises. The caller puts them back.
-        """
-        before = [read.again() for read in self._met]
-        values = weight[rows]
-        stretch = torch.linspace(1, 2, values.shape[-1], dtype=values.dtype, device=values.device)
-        weight[rows] = -(values + torch.where(values < 0, -1, 1)) * stretch
-        after = [read.again() for read in self._met]
-        unread = [r.ids[(old == new).all(-1)] for r, old, new in zip(self._met, before, after, strict=True)]
-        ids = torch.cat(unread).unique()
-        ids = ids[torch.isin(ids, rows)].tolist()
-        weight[rows] = values
-        if ids:
-            name, more = self._name_of(weight), ", ..." if len(ids) > 5 else ""
-            raise RuntimeError(
-                f"The model does not read {name} where it would be moved: what the lookup returns for "
-                f"{', '.join(map(str, ids[:5]))}{more} does not depend on it (an adapter such as peft's "
-                f"trainable_token_indices, a quantised or cached lookup, a mask). {_USE_INSTEAD}"
-            )
-
-    def _name_of(self, weight: Tensor) -> str:
-        named = self._model.named_parameters()
-        return next((name for name, p in named if same_weight(p, weight)), "the lookup's weight")
-
-    def _check_name(self, emb_name: str, weight: Tensor) -> None:
-        names = [n for n, _ in self._model.named_parameters(remove_duplicate=False)]
-        matched = {n: p for n, p in self._model.named_parameters() if emb_name in n}
-        own = [n for n, p in self._model.named_parameters() if same_weight(p, weight)]
-        if list(matched) != own:
-            found = ", ".join(matched) or "nothing"
-            raise ValueError(
-                f"emb_name={emb_name!r} must match the input embedding's weight alone, {', '.join(own)}; "
-                f"it matches {found}. "
-                f"Leave emb_name out, or choose among: {', '.join(n for n in names if 'emb' in n or n in own)}."
-            )
-
-    def _refuse(self, lookup: nn.Module) -> None:
-        weight = weight_of(lookup)
-        if hasattr(weight, "ds_id") or hasattr(weight, "device_mesh"):
-            raise ValueError(
-                "The input embedding's weight is sharded over processes, so its rows can't be moved in place. "
-                "Use fgm_trainer.loops.Adversary or AdversarialTrainer."
-            )
-        found = _unmovable(table_of(lookup), weight)
-        if not found and self._met and weight.is_meta:
-            # Before the first pass it may yet be loaded.
-            found = "on the meta device, offloaded until it is read"
-        if found:
-            raise ValueError(
-                f"The input embedding's weight ({path_of(self._model, table_of(lookup))}) is {found}, so its rows "
-                f"can't be moved in place. {_USE_INSTEAD}"
-            )
-        inside = {id(child) for m in self._lookups for child in m.modules()}
-        tied = [
-            n
-            for n, m in self._model.named_modules()
-            if id(m) not in inside and any(same_weight(p, weight) for p in m.parameters(recurse=False))
-        ]
-        if tied:
-            raise ValueError(
-                f"The input embedding's weight is tied to {', '.join(tied)}: moving it in place would move that too. "
-                "Use fgm_trainer.loops.Adversary or AdversarialTrainer, which perturb the lookup alone."
-            )
-
 
 @dataclass
 class _Read:
@@ -312,3 +235,86 @@ def check_epsilon(epsilon: float) -> None:
     """Raises ValueError unless epsilon is a finite number, 0 or more."""
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon must be a finite number, 0 or more; found {epsilon!r}.")
+
+
+def _refuse(model: nn.Module, lookups: list[nn.Module], lookup: nn.Module, was_read: bool) -> None:
+    weight = weight_of(lookup)
+    if is_sharded(weight):
+        raise ValueError(
+            "The input embedding's weight is sharded over processes, so its rows can't be moved in place. "
+            "Use fgm_trainer.loops.Adversary or AdversarialTrainer."
+        )
+    found = _unmovable(table_of(lookup), weight)
+    if not found and was_read and weight.is_meta:
+        # Before the first pass it may yet be loaded.
+        found = "on the meta device, offloaded until it is read"
+    if found:
+        raise ValueError(
+            f"The input embedding's weight ({path_of(model, table_of(lookup))}) is {found}, so its rows "
+            f"can't be moved in place. {_USE_INSTEAD}"
+        )
+    inside = {id(child) for m in lookups for child in m.modules()}
+    tied = [
+        n
+        for n, m in model.named_modules()
+        if id(m) not in inside and any(same_weight(p, weight) for p in m.parameters(recurse=False))
+    ]
+    if tied:
+        raise ValueError(
+            f"The input embedding's weight is tied to {', '.join(tied)}: moving it in place would move that too. "
+            "Use fgm_trainer.loops.Adversary or AdversarialTrainer, which perturb the lookup alone."
+        )
+
+
+def _check_name(model: nn.Module, emb_name: str, weight: Tensor) -> None:
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    matched = {n: p for n, p in model.named_parameters() if emb_name in n}
+    own = [n for n, p in model.named_parameters() if same_weight(p, weight)]
+    if list(matched) != own:
+        found = ", ".join(matched) or "nothing"
+        raise ValueError(
+            f"emb_name={emb_name!r} must match the input embedding's weight alone, {', '.join(own)}; "
+            f"it matches {found}. "
+            f"Leave emb_name out, or choose among: {', '.join(n for n in names if 'emb' in n or n in own)}."
+        )
+
+
+def _step(reads: list[_Read], epsilon: float, padding: int | None) -> tuple[Tensor, Tensor]:
+    """The rows that were looked up, and what each moves by."""
+    ids = torch.cat([read.ids.flatten() for read in reads])
+    gradients = torch.cat([read.gradient.flatten(0, -2) for read in reads])
+    rows, place = ids.unique(return_inverse=True)
+    pooled = gradients.new_zeros(len(rows), gradients.shape[-1]).index_add_(0, place, gradients)
+    if padding is not None:
+        # The weight's own gradient is zero at the padding row.
+        pooled[rows == padding] = 0
+    return rows, epsilon * geometry.ascent(pooled[None], "l2", geometry.Units("example"))[0]
+
+
+def _check_reads(model: nn.Module, reads: list[_Read], weight: Tensor, rows: Tensor) -> None:
+    """Raises RuntimeError unless what the lookups return changes with each of the weight's rows.
+
+    The rows are put far away for it: a small step may be lost in a lookup that rounds, a long one in one that
+    normalises. The caller puts them back.
+    """
+    before = [read.again() for read in reads]
+    values = weight[rows]
+    stretch = torch.linspace(1, 2, values.shape[-1], dtype=values.dtype, device=values.device)
+    weight[rows] = -(values + torch.where(values < 0, -1, 1)) * stretch
+    after = [read.again() for read in reads]
+    unread = [r.ids[(old == new).all(-1)] for r, old, new in zip(reads, before, after, strict=True)]
+    ids = torch.cat(unread).unique()
+    ids = ids[torch.isin(ids, rows)].tolist()
+    weight[rows] = values
+    if ids:
+        name, more = _name_of(model, weight), ", ..." if len(ids) > 5 else ""
+        raise RuntimeError(
+            f"The model does not read {name} where it would be moved: what the lookup returns for "
+            f"{', '.join(map(str, ids[:5]))}{more} does not depend on it (an adapter such as peft's "
+            f"trainable_token_indices, a quantised or cached lookup, a mask). {_USE_INSTEAD}"
+        )
+
+
+def _name_of(model: nn.Module, weight: Tensor) -> str:
+    named = model.named_parameters()
+    return next((name for name, p in named if same_weight(p, weight)), "the lookup's weight")

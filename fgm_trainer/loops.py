@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import attacks
-from .attacks import AUTO, Step
+from .attacks import Memory, Step
 from .engine.accelerate import Engine, bare
 from .engine.controller import EpsilonController
-from .engine.driver import Driver, RunningPass, unit_of
+from .engine.driver import Driver, unit_of
 from .engine.guessing import guessing_of
+from .engine.kept import Kept
+from .engine.running_pass import RunningPass
 from .in_place import FGM, check_epsilon
 from .perturbation.batches import examples_in, without_column
 from .perturbation.target import Target
@@ -77,20 +77,23 @@ class Adversary:
         if attack.needs_whole_weights or target == "weights":
             engine.refuse_spread_weights(attack.name)
         self._unit = unit_of(epsilon_unit, inner)
-        self.memory = attack.in_units(self._unit).new_memory(seed)
-        self._steps_next = True
         self._target.attach(inner, model)
         self._target.clip = clip or self._target.clip
-        scope = self._target.resolve_scope(attack.scope, attack.default_scope)
-        self._driver = Driver(attack, self._target, scope, engine)
-        self._count = 0
-        self.controller: EpsilonController | None = None
-        if attack.epsilon == AUTO or recover:
-            most = math.inf if attack.epsilon == AUTO else attack.in_units(self._unit).epsilon
-            device = next(inner.parameters()).device
-            self.controller = EpsilonController(
-                strength, device, guessing_of(inner), ceiling=self._target.ceiling, most=float(most)
-            )
+        scope = self._target.resolve_scope(attack.scope, attack.preferred_scope)
+        in_units = attack.in_units(self._unit)
+        self._driver = Driver(in_units, self._target, scope, engine)
+        self._kept = Kept(in_units, self._target, seed, strength=strength, recover=recover, guessing=guessing_of(inner))
+        self._steps_next, self._count = True, 0
+
+    @property
+    def memory(self) -> Memory | None:
+        """What the attack keeps between steps."""
+        return self._kept.memory
+
+    @property
+    def controller(self) -> EpsilonController | None:
+        """What finds epsilon `auto`."""
+        return self._kept.controller
 
     def backward(
         self,
@@ -133,10 +136,9 @@ class Adversary:
             engine.backward(loss)
             return loss.detach()
         shared = self._accelerator
-        for kept in filter(None, (self.memory, self.controller)) if self._steps_next else ():
-            total = (lambda x: x) if shared is None else functools.partial(shared.reduce, reduction="sum")
-            kept.settle(engine.model, total)
-        self._steps_next = self._accelerator is None or self._accelerator.sync_gradients
+        if self._steps_next:
+            self._kept.settle(engine.model, lambda x: x if shared is None else shared.reduce(x, reduction="sum"))
+        self._steps_next = shared is None or shared.sync_gradients
         if self._target.model is not engine.model:
             # Another loop may have taken it.
             self._target.attach(engine.model, self._model)
@@ -147,6 +149,7 @@ class Adversary:
         passes = self._driver.run(step, inputs, run_pass, batch)
         if controller is not None:
             controller.observe(passes, labels, rise=factor)
+        self._kept.due = True
         trained = [each for each in passes if each.is_training]
         return next((p.unweighted for p in trained if p.is_clean), trained[0].unweighted)
 

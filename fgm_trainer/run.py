@@ -3,76 +3,33 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from .attacks import AUTO, Attack, Memory, Step
+from .attacks import Attack, Step
 from .engine.accelerate import Engine, bare
 from .engine.controller import EpsilonController
-from .engine.driver import Driver, RunningPass, unit_of
+from .engine.driver import Driver, unit_of
 from .engine.guessing import GuessingLoss, guessing_of
-from .engine.schedule import Schedule
-from .metrics import CollapseWatch, LogWindow
+from .engine.kept import Kept
+from .engine.running_pass import RunPass
+from .metrics import RunFigures
 from .perturbation.batches import examples_in, without_column
 from .perturbation.target import Target
-from .perturbation.targets import find_target
+from .perturbation.targets import EmbeddingOutput, find_target
+from .plan import Plan
+from .trainer_pass import StockStep, make_pass
 
 logger = logging.get_logger(__name__)
 
 # Beside the Trainer's own files of a checkpoint.
 STATE_FILE = "adversarial_state.pt"
-
-# A stock step: (the model to call, the batch) -> its loss.
-StockStep = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a run is attacked, as arguments and flags together say it.
-
-    Args:
-        attack: the attack.
-        schedule: when it runs, and how epsilon (of `auto` the strength) rises.
-        target: what is perturbed, as `adv_target`.
-        clip: the valid range of an input tensor.
-        epsilon_unit: one of `EPSILON_UNITS`.
-        strength: of `auto`.
-        recover: whether a fixed epsilon gives way.
-        same_dropout: all passes of a step draw the same dropout masks.
-    """
-
-    attack: Attack
-    schedule: Schedule
-    target: str | Target
-    clip: tuple[Tensor, Tensor] | None = None
-    epsilon_unit: str = "absolute"
-    strength: float = 1.0
-    recover: bool = False
-    same_dropout: bool = False
-
-    @property
-    def attacks(self) -> bool:
-        """Whether there is an attack at all."""
-        return self.attack.epsilon != 0
-
-    @property
-    def steers(self) -> bool:
-        """Whether epsilon is found while training."""
-        return self.attack.epsilon == AUTO or self.recover
-
-    @property
-    def label_column(self) -> str | None:
-        """The column of the data that only a targeted attack reads."""
-        label = self.attack.targeted
-        return label if isinstance(label, str) and label != "least_likely" else None
 
 
 class AttackedRun:
@@ -81,15 +38,18 @@ class AttackedRun:
     Args:
         trainer: the Trainer.
         plan: how it is attacked.
+
+    Attributes:
+        counters: what counts the attacked micro-batches of all runs, by its `value`.
     """
+
+    counters: ClassVar[list[Any]] = []
 
     def __init__(self, trainer: Any, plan: Plan) -> None:
         self._trainer, self.plan = trainer, plan
         self.driver: Driver | None = None
-        self.watch = CollapseWatch()
-        self._window = LogWindow()
-        # The optimizer step, and the index of the micro-batch in it on this process.
-        self._position = (-1, 0)
+        self.figures = RunFigures(trainer, plan.schedule)
+        self._position = _Position(trainer)
         self._checked_batch = False
         # What an epsilon is multiplied by; known from the first step on.
         self._unit: float | None = None
@@ -97,15 +57,14 @@ class AttackedRun:
 
     def forget(self) -> None:
         """A run starts anew."""
-        # By name in the state file: what the attack remembers, and what steers epsilon. None before the first step.
-        self._kept: dict[str, Memory] | None = None
+        # None before the first step.
+        self.kept: Kept | None = None
         self._saved: dict[str, Any] = {}
-        self._settle_due = True
 
     @property
     def controller(self) -> EpsilonController | None:
-        """What steers epsilon."""
-        return (self._kept or {}).get("controller")  # type: ignore[return-value]
+        """What steers epsilon; None where it is fixed, and before the first step."""
+        return None if self.kept is None else self.kept.controller
 
     # A step -----------------------------------------------------------------------------------------------------------
 
@@ -122,64 +81,47 @@ class AttackedRun:
         """
         inputs, state = without_column(given, self.plan.label_column), self._trainer.state
         factor = self.plan.schedule.factor(state.global_step, state.max_steps)
-        driver = self._attached(model)
-        if self._next_position() == 0:
+        driver, kept = self._attached(model)
+        if self._position.next() == 0:
             self._settle()
         if factor == 0 and self._checked_batch:
-            return self._observed_clean(stock(model, inputs), inputs)
-        run_pass = functools.partial(self._run_pass, stock)
+            return self._noted_clean(kept, stock(model, inputs), inputs)
+        run_pass = functools.partial(make_pass, self._trainer, stock)
         try:
-            with self._watched(model, inputs):
+            with self.figures.watched(model, self._labels(inputs)):
                 if factor == 0:
-                    loss = self._observed_clean(driver.check(inputs, run_pass), inputs)
+                    loss = self._noted_clean(kept, driver.check(inputs, run_pass), inputs)
                 else:
-                    loss = self._attacked(driver, factor, inputs, given, run_pass)
+                    loss = self._attacked(driver, kept, factor, inputs, given, run_pass)
             self._checked_batch = True
             return loss
         except BaseException:
-            self._position = (-1, 0)
+            self._position.forget()
             raise
 
-    def _run_pass(self, stock: StockStep, running: RunningPass, model: nn.Module, batch: Any) -> Tensor:
-        trainer = self._trainer
-        trainer.running_pass = running
-        try:
-            with _Replaced(trainer, running):
-                reported = stock(model, batch)
-        finally:
-            trainer.running_pass = None
-        _check_pass(type(trainer).__name__, running)
-        return reported
-
-    def _attacked(self, driver: Driver, factor: float, inputs: Any, given: Any, run_pass: Any) -> Tensor:
-        self._window.begin(self._position[1] == 0)
-        assert self._kept is not None
-        controller, micro_batches = self.controller, self._micro_batches()
+    def _attacked(
+        self, driver: Driver, kept: Kept, factor: float, inputs: Any, given: Any, run_pass: RunPass
+    ) -> Tensor:
+        self.figures.begin(self._position.index == 0)
+        controller, micro_batches = kept.controller, self._micro_batches()
         epsilon: Any = factor * float(driver.attack.epsilon) if controller is None else controller.epsilon
-        step = Step(epsilon, self._seed(), self._kept.get("memory"), examples_in(inputs))
+        step = Step(epsilon, self._position.seed(), kept.memory, examples_in(inputs))
         passes = driver.run(step, inputs, run_pass, given, micro_batches)
         if controller is not None:
             controller.observe(passes, self._labels(inputs), micro_batches, rise=factor)
-        self._settle_due = True
+        kept.due = True
+        for counter in self.counters:
+            counter.value += 1
+        self.figures.note(passes)
         trained = [each for each in passes if each.is_training]
-        perturbed = [each for each in trained if not each.is_clean]
-        losses = [each.unweighted for each in perturbed]
-        mean = torch.stack(losses).mean(0) if len(losses) > 1 else losses[0]
-        self._window.perturbed(mean, perturbed[-1].forward_pass.row_norms())
-        clean = [each.unweighted for each in trained if each.is_clean]
-        return clean[-1] if clean else losses[0]
+        clean = [each for each in trained if each.is_clean]
+        return (clean[-1] if clean else trained[0]).unweighted
 
-    def _observed_clean(self, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        if self.controller is not None:
-            self.controller.observe_clean(loss.detach(), self._labels(inputs), self._micro_batches())
-            self._settle_due = True
+    def _noted_clean(self, kept: Kept, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        if kept.controller is not None:
+            kept.controller.observe_clean(loss.detach(), self._labels(inputs), self._micro_batches())
+            kept.due = True
         return loss
-
-    def _watched(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """A context in which `CollapseWatch` sees the model's answers."""
-        trainer = self._trainer
-        labels = self._labels(inputs) if trainer.args.logging_strategy != "no" else None
-        return self.watch.watched(model, labels, trainer.state.global_step, self.plan.schedule, trainer.state.max_steps)
 
     def _labels(self, inputs: Mapping[str, Any]) -> Any:
         names: Any = self._trainer.label_names or ()
@@ -190,24 +132,10 @@ class AttackedRun:
         accumulation = self._trainer.args.gradient_accumulation_steps
         return int(getattr(self._trainer, "current_gradient_accumulation_steps", accumulation))
 
-    def _next_position(self) -> int:
-        """The index of this micro-batch in its optimizer step."""
-        step, index = self._position
-        index = index + 1 if step == self._trainer.state.global_step else 0
-        self._position = (self._trainer.state.global_step, index)
-        return index
-
-    def _seed(self) -> int:
-        """Differs by seed, step and micro-batch over all ranks: N processes draw as accumulation over N does."""
-        accelerator = self._trainer.accelerator
-        step, index = self._position
-        batch = index * accelerator.num_processes + accelerator.process_index
-        return hash((self._trainer.args.seed, step, batch)) % 2**63
-
     # The model --------------------------------------------------------------------------------------------------------
 
-    def _attached(self, model: nn.Module) -> Driver:
-        """The driver for the model that is being trained."""
+    def _attached(self, model: nn.Module) -> tuple[Driver, Kept]:
+        """The driver for the model that is being trained, and what the run keeps."""
         driver, accelerator = self.driver, self._trainer.accelerator
         # accelerate asks the file system which engines are installed, each time: a millisecond or two.
         known = driver is not None and driver.engine.wrapped is model and driver.engine.accelerator is accelerator
@@ -220,9 +148,9 @@ class AttackedRun:
             self.detach()
             driver = self.driver = self._new_driver(model, inner, attack)
         driver.attack = attack
-        if self._kept is None:
-            self._kept = self._new_kept(driver)
-        return driver
+        if self.kept is None:
+            self.kept = self._new_kept(driver)
+        return driver, self.kept
 
     def _new_driver(self, model: nn.Module, inner: nn.Module, attack: Attack) -> Driver:
         plan = self.plan
@@ -232,10 +160,10 @@ class AttackedRun:
         return Driver(
             attack,
             target,
-            target.resolve_scope(attack.scope, attack.default_scope),
+            target.resolve_scope(attack.scope, attack.preferred_scope),
             Engine(self._trainer.accelerator, model, inner),
             same_dropout=plan.same_dropout,
-            observe=lambda answer: self._window.gradient(answer.gradient),
+            observe=lambda result: self.figures.gradient(result.gradient),
         )
 
     def detach(self) -> None:
@@ -246,43 +174,28 @@ class AttackedRun:
 
     # What is kept between steps ---------------------------------------------------------------------------------------
 
-    def _new_kept(self, driver: Driver) -> dict[str, Memory]:
+    def _new_kept(self, driver: Driver) -> Kept:
         """As it was saved where training goes on."""
-        args, plan = self._trainer.args, self.plan
-        kept: dict[str, Memory | None] = {"memory": driver.attack.new_memory(args.seed)}
-        if plan.steers:
-            most = math.inf if driver.attack.epsilon == AUTO else float(driver.attack.epsilon)
-            kept["controller"] = EpsilonController(
-                plan.strength, args.device, self._guessing(driver), ceiling=driver.target.ceiling, most=most
-            )
-        found = {name: each for name, each in kept.items() if each is not None}
-        for name in found.keys() & self._saved.keys():
-            found[name].load_state_dict(self._saved[name])
-            self._settle_due = False
-        return found
-
-    def _guessing(self, driver: Driver) -> GuessingLoss:
-        """What guessing would cost; known of the model's own loss alone."""
-        trainer = self._trainer
+        trainer, plan = self._trainer, self.plan
+        # What guessing would cost is known of the model's own loss alone.
         own = type(trainer).compute_loss in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
         own = own and getattr(trainer, "compute_loss_func", None) is None and trainer.label_smoother is None
-        return guessing_of(driver.engine.model) if own else GuessingLoss()
+        guessing = guessing_of(driver.engine.model) if own else GuessingLoss()
+        seed = trainer.args.seed
+        kept = Kept(driver.attack, driver.target, seed, strength=plan.strength, recover=plan.recover, guessing=guessing)
+        kept.load_state_dict(self._saved)
+        return kept
 
     def _settle(self) -> None:
-        if self._settle_due and self._kept and self.driver is not None:
+        if self.kept is not None and self.driver is not None:
             total = functools.partial(self._trainer.accelerator.reduce, reduction="sum")
-            for each in self._kept.values():
-                each.settle(self.driver.engine.model, total)
-        self._settle_due = False
+            self.kept.settle(self.driver.engine.model, total)
 
     def save(self, folder: str) -> None:
         """Writes the state file beside a checkpoint's, where there is something to keep; on every process."""
-        unit = 1.0 if self._unit is None else self._unit
-        if not self._kept and unit == 1.0:
-            return
         self._settle()
-        if self._trainer.args.should_save:
-            states = {name: each.state_dict() for name, each in (self._kept or {}).items()}
+        states, unit = {} if self.kept is None else self.kept.state_dict(), self._unit or 1.0
+        if self._trainer.args.should_save and (states or unit != 1):
             torch.save({"epsilon_unit": unit, **states}, os.path.join(folder, STATE_FILE))
 
     def load(self, folder: str | None) -> None:
@@ -292,22 +205,26 @@ class AttackedRun:
             self._saved = torch.load(path, map_location=self._trainer.args.device, weights_only=True)
             self._unit = self._saved.pop("epsilon_unit")
 
-    # The log ----------------------------------------------------------------------------------------------------------
+    # What is said of it -----------------------------------------------------------------------------------------------
 
     def with_figures(self, logs: dict[str, float]) -> dict[str, float]:
         """A log line of training, with the attack's figures; to be called on every process."""
-        trainer, state = self._trainer, self._trainer.state
         if self.driver is not None:
             self.driver.check_range()
-        logs = {**logs, **self._window.close(trainer.accelerator)}
-        if self.controller is not None:
-            logs["adv_epsilon"] = self.controller.epsilon.item() / (self._unit or 1.0)
-        self.watch.see(
-            logs["loss"], state.global_step, self.plan.schedule, state.max_steps, state.log_history, trainer.accelerator
-        )
-        if not math.isfinite(logs.get("adv_loss", 0.0)):
-            logger.warning(f"The adversarial loss is {logs['adv_loss']} in the steps up to {state.global_step}.")
-        return logs
+        elif self._trainer.is_in_train:
+            name = type(self._trainer).__name__
+            raise RuntimeError(
+                f"{name} trains without the attack: its training_step never calls AdversarialTrainer's. Let it call "
+                f"super().training_step, or put the mixin in front: class {name}(AdversarialTrainerMixin, YourTrainer)."
+            )
+        epsilon = None if self.controller is None else self.controller.epsilon.item() / (self._unit or 1.0)
+        return self.figures.close(logs, epsilon)
+
+    @property
+    def scope(self) -> str:
+        """Over which entries norms are taken."""
+        target, attack = EmbeddingOutput() if self.driver is None else self.driver.target, self.plan.attack
+        return target.resolve_scope(attack.scope, attack.preferred_scope)
 
     def end(self) -> None:
         """Training is over."""
@@ -318,65 +235,26 @@ class AttackedRun:
             )
 
 
-def _check_pass(name: str, running: RunningPass) -> None:
-    """Raises RuntimeError where an overridden `training_step` leaves out what a pass is made by."""
-    if not running.measured:
-        raise RuntimeError(
-            f"{name}.training_step does not call self.compute_loss, where the loss is weighted and the "
-            "perturbation checked. Let it call compute_loss, or use fgm_trainer.loops.Adversary in a loop."
-        )
-    if running.missed_backward:
-        raise RuntimeError(
-            f"{name}.training_step does not call self.accelerator.backward, where divergences are added and a pass "
-            "ends that only asks for the gradient at the perturbation. Let it call that in place of "
-            "loss.backward(), or choose a method whose passes all train, such as adv_method='fgm'."
-        )
+class _Position:
+    """Where a Trainer's run is: the optimizer step, and the micro-batch in it on this process."""
 
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.forget()
 
-class _Replaced:
-    """A context: inside, the losses and backward passes of the trainer are those of a pass.
+    def forget(self) -> None:
+        """The micro-batch was not finished."""
+        self._step, self.index = -1, 0
 
-    `compute_loss` and `accelerator.backward` are wrapped on the instances, so overrides above and below are all inside.
-    """
+    def next(self) -> int:
+        """A micro-batch begins; its index in its optimizer step."""
+        step = self._trainer.state.global_step
+        self.index = self.index + 1 if step == self._step else 0
+        self._step = step
+        return self.index
 
-    # A class: a generator takes four times as many calls, several times a step.
-    def __init__(self, trainer: Any, running: RunningPass) -> None:
-        self._trainer, self._running = trainer, running
-        self._compute_loss: Callable[..., Any] = trainer.compute_loss
-        self._backward: Callable[..., None] = trainer.accelerator.backward
-
-    def __enter__(self) -> None:
-        trainer, own = vars(self._trainer), vars(self._trainer.accelerator)
-        self._before = trainer.get("compute_loss"), own.get("backward")
-        trainer["compute_loss"] = wrapper = lambda *a, **k: self._measured(*a, **k)
-        # Its signature is found.
-        wrapper.__wrapped__ = self._compute_loss  # type: ignore[attr-defined]
-        own["backward"] = lambda loss, **k: self._running.backward(loss, self._backward, **k)
-
-    def __exit__(self, *error: object) -> None:
-        for instance, name, before in (
-            (self._trainer, "compute_loss", self._before[0]),
-            (self._trainer.accelerator, "backward", self._before[1]),
-        ):
-            vars(instance).pop(name)
-            if before is not None:
-                vars(instance)[name] = before
-
-    def _measured(self, *args: Any, **kwargs: Any) -> Any:
-        """`compute_loss` of a pass; the Trainer's own inside of it and outside of autograd."""
-        running = self._running
-        if not running.takes_losses:
-            return self._compute_loss(*args, **kwargs)
-        asked = kwargs.get("return_outputs", False) or any(args[2:3])
-        if running.reads_outputs and not asked:
-            # The third argument, wherever it stands.
-            args, kwargs = (*args[:2], True, *args[3:]) if len(args) > 2 else args, dict(kwargs)
-            if len(args) < 3:
-                kwargs["return_outputs"] = True
-        if len(args) > 1:
-            batch, compute = args[1], lambda b: self._compute_loss(args[0], b, *args[2:], **kwargs)
-        else:
-            batch = kwargs.pop("inputs")
-            compute = lambda b: self._compute_loss(*args, inputs=b, **kwargs)  # noqa: E731
-        loss, outputs = running.measure(compute, batch)
-        return (loss, outputs) if asked else loss
+    def seed(self) -> int:
+        """Differs by seed, step and micro-batch over all ranks: N processes draw as accumulation over N does."""
+        accelerator = self._trainer.accelerator
+        batch = self.index * accelerator.num_processes + accelerator.process_index
+        return hash((self._trainer.args.seed, self._step, batch)) % 2**63

@@ -15,16 +15,15 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .arguments import AdversarialArguments, changed_attack_fields
-from .attacks import AUTO, FGM, Attack
+from .attacks import Attack
 from .compatibility import refuse
 from .engine.accelerate import bare
-from .engine.driver import RunningPass
-from .engine.schedule import WARMUP, Schedule
+from .engine.running_pass import RunningPass
+from .engine.schedule import Schedule
 from .perturbation.batches import without_column
-from .perturbation.clipping import valid_range
 from .perturbation.target import Target
-from .perturbation.targets import EmbeddingOutput
-from .run import AttackedRun, Plan
+from .plan import Plan, make_plan
+from .run import AttackedRun
 
 logger = logging.get_logger(__name__)
 
@@ -58,8 +57,7 @@ class AdversarialTrainerMixin(_Base):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        flags = self.args if isinstance(self.args, AdversarialArguments) else None
-        changed = changed_attack_fields(flags)
+        changed = changed_attack_fields(self._flags)
         if attack is not None and changed:
             raise ValueError(
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
@@ -84,27 +82,13 @@ class AdversarialTrainerMixin(_Base):
         """A new run; the flags are read again, since a hyperparameter search sets them one by one."""
         self._run = AttackedRun(self, self._plan())
 
+    @property
+    def _flags(self) -> Any:
+        """What the flags are read from."""
+        return self.args
+
     def _plan(self) -> Plan:
-        attack, target, shape = self._given
-        if not isinstance(self.args, AdversarialArguments):
-            # Without flags a fixed epsilon that was given in code is taken at its word.
-            as_given = shape is not None or (attack is not None and attack.epsilon != AUTO)
-            schedule = Schedule(warmup=0.0 if as_given else WARMUP, shape=shape)
-            attack = attack or FGM(epsilon=1.0)
-            return Plan(attack, schedule, target or attack.default_target)
-        flags = self.args
-        attack = attack or flags.make_attack()
-        clip = flags.adv_clip and valid_range(flags.adv_clip, getattr(self, "processing_class", None))
-        return Plan(
-            attack,
-            flags.make_schedule(shape),
-            target or flags.adv_target or attack.default_target,
-            clip or None,
-            flags.adv_epsilon_unit,
-            flags.adv_strength,
-            flags.adv_recover,
-            flags.adv_same_dropout,
-        )
+        return make_plan(self._flags, *self._given, getattr(self, "processing_class", None))
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
@@ -125,7 +109,7 @@ class AdversarialTrainerMixin(_Base):
         """
         self._begin()
         self._refuse()
-        if self._given[0] is None and not isinstance(self.args, AdversarialArguments):
+        if self._given[0] is None and not isinstance(self._flags, AdversarialArguments):
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
         try:
             result = super().train(*args, **kwargs)
@@ -203,17 +187,9 @@ class AdversarialTrainerMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, with a section that names the attack and its settings."""
         super().create_model_card(*args, **kwargs)
-        run, plan = self._run, self._run.plan
-        if not self.is_world_process_zero() or not plan.attacks:
-            return
-        target = EmbeddingOutput() if run.driver is None else run.driver.target
-        scope = target.resolve_scope(plan.attack.scope, plan.attack.default_scope)
-        rows = plan.attack.settings() | {"scope": scope, "target": str(plan.target)}
-        rows |= {"epsilon_unit": plan.epsilon_unit, **vars(plan.schedule)}
-        rows |= {"strength": plan.strength} if plan.steers else {}
-        lines = [f"| {name} | {value} |" for name, value in rows.items()]
-        with open(os.path.join(str(self.args.output_dir), "README.md"), "a", encoding="utf-8") as card:
-            card.write("\n".join(["\n## Adversarial training\n", "| setting | value |", "|---|---|", *lines, ""]))
+        if self.is_world_process_zero() and self._run.plan.attacks:
+            with open(os.path.join(str(self.args.output_dir), "README.md"), "a", encoding="utf-8") as card:
+                card.write(self._run.plan.card_section(self._run.scope))
 
     # What Trainer asks for on the way ---------------------------------------------------------------------------------
 

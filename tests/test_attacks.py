@@ -22,8 +22,8 @@ from fgm_trainer.attacks import (
     own_settings,
     run,
 )
+from fgm_trainer.perturbation.calls import TargetCall
 from fgm_trainer.perturbation.divergence import Against, divergence
-from fgm_trainer.perturbation.forward_pass import TargetCall
 from fgm_trainer.perturbation.geometry import NORMS, SCOPES, Segments, Units, length, shared_entries
 
 # awp perturbs weights: it has its own tests, and takes its place wherever a model is trained.

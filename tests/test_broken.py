@@ -535,7 +535,7 @@ def test_a_constant_times_the_gradient_of_a_graph_gone_through_twice(tmp_path, n
     adversary._driver._observe = lambda a: kept.append(a.gradient.clone())
     adversary.backward(batches(data, 4)[0], loss_of)
 
-    from fgm_trainer.engine.driver import RunningPass
+    from fgm_trainer.engine.running_pass import RunningPass
 
     back = RunningPass.backward
 

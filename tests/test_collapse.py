@@ -18,9 +18,9 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer import metrics as watch
+from fgm_trainer import collapse as watch
+from fgm_trainer.collapse import CollapseWatch, Predictions
 from fgm_trainer.engine.schedule import Schedule
-from fgm_trainer.metrics import CollapseWatch, Predictions
 
 PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -442,7 +442,7 @@ WORKER = """
 import os, sys, torch
 sys.path.insert(0, sys.argv[2])
 from accelerate import Accelerator
-from fgm_trainer.metrics import Predictions
+from fgm_trainer.collapse import Predictions
 accelerator = Accelerator(cpu=True)
 draw = torch.Generator().manual_seed(accelerator.process_index)
 seen = Predictions()

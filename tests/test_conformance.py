@@ -65,7 +65,7 @@ def met(monkeypatch):
     def keep(self):
         end(self)
         if self._delta is not None:
-            kept.append((self.applied().clone(), self.units()))
+            kept.append((self.tensor.delta().clone(), self.tensor.units()))
 
     monkeypatch.setattr(PerturbedForward, "end", keep)
     return kept

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,17 +13,19 @@ from models import AdversarialInOrder, distance, padded_data, tiny, train
 from test_faults import flags
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer
-from fgm_trainer.attacks import ATTACKS
-from fgm_trainer.engine.controller import EpsilonController
+from fgm_trainer.attacks import ATTACKS, GradientPass, PartialFGM
+from fgm_trainer.engine.controller import EpsilonController, losses_of
 from fgm_trainer.engine.guessing import GuessingLoss
 from fgm_trainer.loops import Adversary
 
 HALF = torch.tensor([0, 1])
 GUESS = math.log(2)
+# Losses that are near to each other.
+NEAR = 0.05 * GUESS
 
 
 # A perturbation of length 1 is a tenth of what it is added to.
-FLOOR, START, CEILING = (relative / 0.1 for relative in (1e-5, 1e-3, 0.5))
+FLOOR, START, CEILING = (relative / 0.1 for relative in (1e-5, 5e-3, 0.5))
 
 
 def controller(strength=1.0, size=2, **settings):
@@ -48,7 +51,7 @@ def steps(one, number, clean, added, labels=HALF):
 # The law -------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     slope=st.floats(-1.5, 2).map(lambda x: 10**x),
     power=st.floats(0.5, 2),
@@ -57,9 +60,9 @@ def steps(one, number, clean, added, labels=HALF):
 )
 def test_the_loss_rises_by_the_share_asked_for_and_stays_there(slope, power, strength, clean):
     one = controller(strength)
-    seen = steps(one, 250, lambda step: clean, lambda e: slope * (e / START / 50) ** power)
-    target = strength * (GUESS - clean)
-    wanted = min(max(50 * START * (target / slope) ** (1 / power), FLOOR), CEILING)
+    seen = steps(one, 250, lambda step: clean, lambda e: slope * e**power)
+    target = strength * (GUESS + NEAR - clean)
+    wanted = min(max((target / slope) ** (1 / power), FLOOR), CEILING)
     assert seen[-1] == pytest.approx(wanted, rel=0.02)
     # No oscillation.
     late = seen[200:]
@@ -67,13 +70,13 @@ def test_the_loss_rises_by_the_share_asked_for_and_stays_there(slope, power, str
     assert max(seen) < 2 * max(wanted, START)
 
 
-def test_epsilon_falls_to_a_twentieth_within_ten_steps_and_to_the_floor_where_a_model_gets_suddenly_worse():
+def test_epsilon_falls_to_a_tenth_within_ten_steps_and_to_the_floor_where_a_model_gets_suddenly_worse():
     one = controller()
     before = steps(one, 150, lambda step: 0.2, lambda e: 0.2 * e)[-1]
-    assert before == pytest.approx((GUESS - 0.2) / 0.2, rel=0.01)
+    assert before == pytest.approx((GUESS + NEAR - 0.2) / 0.2, rel=0.01)
     # A spike of the learning rate: one class is predicted, whatever the input.
-    after = steps(one, 25, lambda step: 1.5, lambda e: 0.2 * e)
-    assert after[9] < 0.05 * before
+    after = steps(one, 80, lambda step: 1.5, lambda e: 0.2 * e)
+    assert after[9] < 0.1 * before
     assert after[-1] == pytest.approx(FLOOR)
     assert all(later <= earlier for earlier, later in itertools.pairwise(after[2:]))
     # It learns again.
@@ -83,7 +86,7 @@ def test_epsilon_falls_to_a_twentieth_within_ten_steps_and_to_the_floor_where_a_
 def test_all_labels_flipped_is_no_reason_to_attack():
     one = controller()
     steps(one, 100, lambda step: 0.1, lambda e: 0.2 * e)
-    flipped = steps(one, 30, lambda step: 2.5, lambda e: -0.2 * e)
+    flipped = steps(one, 80, lambda step: 2.5, lambda e: -0.2 * e)
     assert flipped[-1] == pytest.approx(FLOOR)
 
 
@@ -102,7 +105,7 @@ def test_epsilon_falls_where_the_adversarial_loss_reaches_that_of_guessing():
     assert seen[-1] < 0.62 * before
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(0, 10**6), st.floats(0.01, 0.3))
 def test_noise_alone_does_not_raise_epsilon(seed, noise):
     one, draw = controller(), torch.Generator().manual_seed(seed)
@@ -175,6 +178,31 @@ def test_the_loss_of_guessing_is_that_of_the_best_constant_answer():
     assert math.isnan(guess(GuessingLoss(3), None))
 
 
+def bearable(one, *batches):
+    return one.bearable(sum(one.counts(labels, torch.zeros(())) for labels in batches)).item()
+
+
+def test_what_an_attack_may_take_follows_the_share_of_rare_labels():
+    tags = torch.tensor([[0] * 6 + [1, -100], [0] * 6 + [2, 0]])
+    assert bearable(GuessingLoss(3), tags[:1], tags[1:]) == pytest.approx(2.5 * 2 / 15)
+    assert bearable(GuessingLoss(2), HALF) == bearable(GuessingLoss(3), torch.tensor([0, 1, 2])) == 1
+    assert bearable(GuessingLoss(3), torch.ones(4, dtype=torch.long)) == 0
+    several = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    assert bearable(GuessingLoss(2), several) == pytest.approx(2.5 * 0.25)
+    assert bearable(GuessingLoss(2), torch.tensor([0, 0, 0, 1, 1])) == pytest.approx(1)
+    for one, labels in [(GuessingLoss(1, numbers=True), torch.tensor([0.5, 2.0])), (GuessingLoss(0), HALF)]:
+        assert bearable(one, labels) == 1
+    assert bearable(GuessingLoss(3), None) == 1
+
+
+def test_where_most_labels_are_the_same_the_loss_rises_by_as_much_less():
+    labels = torch.tensor([0] * 9 + [1])
+    one = controller()
+    seen = steps(one, 250, lambda step: 0.1, lambda e: 0.5 * e, labels)
+    guessing = torch.distributions.Categorical(torch.tensor([0.9, 0.1])).entropy().item()
+    assert seen[-1] == pytest.approx(0.25 * (1.05 * guessing - 0.1) / 0.5, rel=0.05)
+
+
 # Real runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +245,57 @@ def test_every_method_finds_an_epsilon(method, scope):
     norms = [line["adv_delta_norm"] for line in trainer.state.log_history if "adv_epsilon" in line]
     assert all(math.isfinite(norm) for norm in norms)
     assert max(norms) > 0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_part_of_the_batch_is_measured_as_the_whole_is(kind):
+    """Also where the loss is a sum over the items of the step, of which a part of the batch has a part."""
+    last = {}
+    for method in ("fgm", "partial_fgm"):
+        # A rate at which the model learns, without which epsilon is driven to its floor.
+        model, rate = (tiny(kind, dtype=torch.float32), 0.01) if kind == "gpt2" else (tiny(kind), 0.05)
+        data = padded_data(model, size=64) if kind == "gpt2" else learnable(64)
+        flags = {"adv_epsilon": "auto", "adv_method": method, "adv_scope": "example", "adv_warmup": 0, "batch": 8}
+        last[method] = train(model, data, trainer=Seen, num_train_epochs=6, lr=rate, **flags).epsilons[-1]
+    assert last["fgm"] / 4 < last["partial_fgm"] < 4 * last["fgm"]
+    assert min(last.values()) > 0.02
+
+
+def test_what_a_part_adds_is_the_difference_of_the_losses_of_the_whole_batch(monkeypatch):
+    model, data = tiny("bert"), learnable(8)
+    batch = {name: torch.tensor([row[name] for row in data]) for name in data[0]}
+    clean = model(**batch).loss.item()
+    seen = []
+    monkeypatch.setattr(EpsilonController, "observe", lambda self, passes, *rest, **more: seen.append(passes))
+    adversary = Adversary(model, PartialFGM(share=0.25))
+    adversary.controller._state["epsilon"] = torch.tensor(1e-4)
+    adversary.backward(batch)
+    found, added = losses_of(seen[0])
+    # The chosen examples' loss stands for that of all, and differs from it by a few percent.
+    assert added.item() == pytest.approx(2 * (seen[0][-1].unweighted.item() - clean), rel=0.1)
+    assert found.item() == pytest.approx(clean, rel=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LooksAtAll(PartialFGM):
+    """A part of the batch that is chosen after a pass of all of it, as a method of one's own may."""
+
+    def passes(self, step):
+        yield GradientPass()
+        return (yield from super().passes(step))
+
+
+def test_what_was_asked_before_the_part_changes_nothing():
+    data = learnable(8)
+    batch = {name: torch.tensor([row[name] for row in data]) for name in data[0]}
+    found = []
+    for kind in (PartialFGM, LooksAtAll):
+        adversary = Adversary(tiny("bert"), kind())
+        for _ in range(3):
+            adversary.backward(batch)
+        found.append(adversary.controller.epsilon.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    assert found[0] > 0
 
 
 def test_accumulation_does_not_change_epsilon():
@@ -263,7 +342,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
 def test_strength_follows_the_schedule():
     at_once = trained(num_train_epochs=6)
     shaped = trained(num_train_epochs=6, extra={"epsilon_schedule": lambda progress: 0.01})
-    assert max(shaped.epsilons) < 0.1 * max(at_once.epsilons)
+    assert max(shaped.epsilons) < 0.4 * max(at_once.epsilons)
     rising = trained(num_train_epochs=6, adv_warmup=0.9)
     assert rising._run.controller._rise == 1
     assert sum(rising.epsilons) < sum(at_once.epsilons)

@@ -126,6 +126,8 @@ def test_table_and_results():
         epsilons=(0.1, 0.2),
         clean=0.9,
         scores={"noise": (0.9, 0.8), "fgm": (0.7, 0.6), "pgd-10": (0.5, 0.4)},
+        labels=(1.0,) * 10,
+        fell={"pgd-10": (0.0, 0.1, 0.1, 0.1, 0.1, 0.2, None, None, None, None)},
     )
     run = {test: {model: demo.Measured(0.85, 100, report) for model in demo.MODELS} for test in demo.SETS}
     runs = {0: run, 1: run}
@@ -136,6 +138,8 @@ def test_table_and_results():
     assert cells[0] == "85.0 (85.0-85.0)"
     assert cells[-1] == "40.0 (40.0-40.0)"
     assert demo.cell([0.25]) == "25.0"
+    line = "Under pgd-10 of 0.1, seed 0: +0.0 points (95 % interval -16.3 to +16.3, McNemar's p = 1)."
+    assert demo.differences(runs).splitlines()[0] == line
     assert demo.results(demo.DemoArguments(), runs, 1.0)["seeds"]["1"]["amazon"]["plain"]["clean"] == 0.85
     assert "seeds 0, 1" in demo.note(demo.DemoArguments(), runs, 1.0)
 

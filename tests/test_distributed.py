@@ -61,7 +61,7 @@ LOOPS = [engine for engine in SETTINGS if engine.endswith("loop")]
 TRAINERS = [engine for engine in SETTINGS if engine not in LOOPS]
 DEEPSPEED = [engine for engine in TRAINERS if engine.startswith("zero")]
 # The default suite has one group of processes for each kind of engine.
-MORE = {"ddp-loop", "hsdp", "zero3-loop"}
+MORE = {"ddp-loop", "fully_shard-loop", "hsdp", "fsdp2-accelerate", "zero1", "zero2", "zero3-loop"}
 
 
 def marked(engines):
@@ -171,7 +171,7 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
             assert far > 1e-5, f"an attack that does nothing would pass: {case}"
 
 
-@pytest.mark.parametrize("engine", TRAINERS)
+@pytest.mark.parametrize("engine", marked(TRAINERS))
 def test_epsilon_auto_is_that_of_one_process_that_accumulates(engine):
     logged = [
         [line["adv_epsilon"] for line in result["log"] if "adv_epsilon" in line]
@@ -249,7 +249,7 @@ def test_bf16(engine):
     assert 0 < largest_difference(ranks[0]["weights"], exact["weights"]) < 0.1 * moved(exact)
 
 
-@pytest.mark.parametrize("engine", DEEPSPEED)
+@pytest.mark.parametrize("engine", marked(DEEPSPEED))
 def test_deepspeed_steps_once_and_clears_gradients_after_steps_alone(engine):
     for case, ranks in attacked(engine):
         passes = training_passes(case)

@@ -236,6 +236,37 @@ def test_a_model_without_a_lookup(tmp_path):
     refused(tmp_path, "Bare has no token lookup at get_input_embeddings()", model=Bare())
 
 
+def test_a_training_step_that_never_reaches_the_attack(tmp_path):
+    class Mine(AdversarialTrainer):
+        def training_step(self, model, inputs, *rest):
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    trainer = Mine(model=tiny_bert(), args=flags(tmp_path, logging_steps=1), train_dataset=examples(8))
+    with pytest.raises(RuntimeError, match="Mine trains without the attack: its training_step never calls"):
+        trainer.train()
+
+
+def test_a_part_of_a_batch_whose_loss_is_computed_in_parts(tmp_path):
+    class Splitting(Trainer):
+        def training_step(self, model, inputs, *rest):
+            inputs = self._prepare_inputs(inputs)
+            half = len(inputs["labels"]) // 2
+            for part in (slice(0, half), slice(half, None)):
+                loss = self.compute_loss(model, {name: value[part] for name, value in inputs.items()}) / 2
+                self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Mine(AdversarialTrainerMixin, Splitting):
+        pass
+
+    arguments = flags(tmp_path, adv_method="partial_fgm", per_device_train_batch_size=8)
+    trainer = Mine(model=tiny_bert(), args=arguments, train_dataset=examples(8))
+    with pytest.raises(RuntimeError, match="here one of 4 of its 8 examples is"):
+        trainer.train()
+
+
 def test_evaluate_robustness_without_data(tmp_path):
     trainer = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path))
     with pytest.raises(ValueError, match="evaluate_robustness needs a data set"):

@@ -10,8 +10,9 @@ from test_faults import examples, flags, hooks, same, tiny_bert
 from transformers import TrainerCallback
 
 from fgm_trainer import AWP, FGM, PGD, SMART, VAT, AdversarialTrainer, FreeLB, TokenAware, loops
+from fgm_trainer.engine.kept import Kept
 from fgm_trainer.perturbation.lookups import mean_embedding_norm
-from fgm_trainer.run import STATE_FILE, AttackedRun
+from fgm_trainer.run import STATE_FILE
 
 
 def trained(path, attack=None, data=None, model=None, **settings):
@@ -259,13 +260,13 @@ def test_two_micro_batches_are_one_step_of_the_memory(attack, monkeypatch):
     """The row of a token is the mean over the positions of the whole optimizer step, however it is split."""
     settled = []
 
-    settle = AttackedRun._settle
+    settle = Kept.settle
 
-    def counting(run):
-        settled.append(run._settle_due)
-        settle(run)
+    def counting(kept, *args):
+        settled.append(kept.due)
+        settle(kept, *args)
 
-    monkeypatch.setattr(AttackedRun, "_settle", counting)
+    monkeypatch.setattr(Kept, "settle", counting)
     model = tiny("bert")
     train(model, padded_data(model), batch=2, accumulate=2, extra={"attack": attack})
     assert settled == [True] * 4

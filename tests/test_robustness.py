@@ -11,8 +11,12 @@ import torch
 from models import AdversarialInOrder, batches, padded_data, tiny, train
 from torch import nn
 
-from fgm_trainer import FGM, PGD, Noise
-from fgm_trainer.robustness import ATTACKS_TO_TRY, EPSILONS, evaluate_robustness
+from fgm_trainer import FGM, PGD, Noise, PartialFGM
+from fgm_trainer.robustness import (
+    ATTACKS_TO_TRY,
+    EPSILONS,
+    evaluate_robustness,
+)
 
 GRID = (0.05, 0.1, 0.3, 1.0)
 
@@ -188,6 +192,19 @@ def test_nothing_is_touched_by_an_exception_either(error):
     handle.remove()
 
 
+def test_a_method_for_a_part_of_the_batch_attacks_every_example():
+    model, data = model_and_data()
+    expected = measure(model, data, [FGM()]).scores["fgm"]
+    assert measure(model, data, [PartialFGM()]).scores["partial_fgm"] == expected
+    assert expected[-1] < expected[0]
+
+
+def test_epsilons_that_are_near_to_each_other_have_names_of_their_own():
+    model, data = model_and_data(size=4)
+    names = measure(model, data, [FGM()], (0.1, 0.10000001, 1.0)).metrics()
+    assert {"robust_fgm_0.1", "robust_fgm_0.10000001", "robust_fgm_1"} <= set(names)
+
+
 def test_inside_no_grad():
     model, data = model_and_data()
     with torch.no_grad():
@@ -348,8 +365,7 @@ def test_errors():
     ):
         measure(model, unlabelled, [FGM()])
     message = (
-        "Robustness is measured for one label an example: logits (examples, classes) and labels (examples,); found "
-        "logits (8, 10, 4) and labels (8,)."
+        "answer spans and language models; NoLabelLoss gave logits (8, 10, 4) for labels (8,), which is none of them."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         measure(NoLabelLoss(), data, [FGM()])

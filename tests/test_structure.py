@@ -18,10 +18,16 @@ LAYERS = [
     "loops",
     "robustness",
     "arguments",
+    "collapse",
     "metrics",
     "compatibility",
+    "plan",
+    "trainer_pass",
     "run",
     "trainer",
+    "commands",
+    "launcher",
+    "__main__",
 ]
 INSIDE = {
     "perturbation": [
@@ -32,14 +38,17 @@ INSIDE = {
         "clipping",
         "lookups",
         "deferral",
+        "calls",
         "stacking",
+        "parts",
+        "watched",
         "forward_pass",
         "target",
         "weights",
         "targets",
     ],
-    "engine": ["schedule", "dropout", "accelerate", "driver", "guessing", "controller"],
-    "robustness": ["evaluate", "plotting"],
+    "engine": ["schedule", "dropout", "accelerate", "running_pass", "driver", "guessing", "controller", "kept"],
+    "robustness": ["tasks", "report", "ensemble", "evaluate", "radius", "text", "plotting"],
 }
 
 

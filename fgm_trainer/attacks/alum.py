@@ -33,8 +33,8 @@ class ALUM(SMART):
     Citation: X. Liu et al., "Adversarial Training for Large Neural Language Models", 2020, arXiv 2004.08994.
     """
 
-    def ascent(self, answer: Any, epsilon: float) -> Tensor:
+    def ascent(self, result: Any, epsilon: float) -> Tensor:
         # The objective is a mean over examples; the paper's gradient is one example's.
-        raw: Tensor = answer.units.pool(answer.gradient) * answer.gradient.shape[0]
+        raw: Tensor = result.units.pool(result.gradient) * result.gradient.shape[0]
         raw = raw.nan_to_num(0.0, 0.0, 0.0) * self._size(epsilon)
         return raw

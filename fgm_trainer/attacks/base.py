@@ -1,7 +1,7 @@
-"""An attack as a coroutine, and the driver that runs it.
+"""An attack as a coroutine, and `run`, which goes through it.
 
-An attack yields a request where it wants the gradient, is sent an `PassResult`, and returns the last request to train
-on. It knows nothing of Trainer, accelerate or mixed precision: whoever owns the loop supplies `train` and `look`.
+An attack yields a request where it wants the gradient, is sent a `PassResult`, and returns the last request to train
+on. It knows nothing of Trainer, accelerate or mixed precision: `engine.driver` makes the passes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from torch import Tensor, nn
 
 from ..perturbation import geometry
+from ..perturbation.calls import Draw
 from ..perturbation.divergence import Against, Outputs
-from ..perturbation.forward_pass import Draw
 from ..perturbation.geometry import NORMS, SCOPES, Units
 
 # The epsilon that is found while training (`engine.controller`).
@@ -50,7 +50,7 @@ class GradientPass:
         delta, masks: as for `TrainPass`.
         against: where given, the gradient is that of these divergences and not of the task's loss.
         label: where given, the gradient is that of the loss with this label in place of the true one.
-        rows: where given, the examples of the micro-batch that are run, (chosen,); everything here and in the answer is
+        rows: where given, the examples of the micro-batch that are run, (chosen,); everything here and in the result is
             of these alone.
     """
 
@@ -87,7 +87,9 @@ class PassResult:
         gradient: d(loss)/d(delta) of this micro-batch alone, (rows, positions, dimension), in float32 at least; zero
             after a `ForwardPass`, and where there is no token.
         units: the units over which norms are taken.
-        loss: the loss of the pass, or its divergence where it had no loss; unweighted, detached.
+        loss: what `compute_loss` returned, unweighted and detached, or the divergence where the pass has none: a mean
+            over the micro-batch; where the Trainer divides by the items of the whole optimizer step
+            (`num_items_in_batch`), this micro-batch's part of that.
         applied: the perturbation as it was applied: drawn, clipped; None for the clean inputs.
         outputs: the model's logits, detached, for attacks that compare outputs.
         ids: the token ids, (rows, positions), where the target is a lookup.
@@ -112,10 +114,20 @@ Passes = Generator[Request, PassResult, TrainPass]
 
 
 class Memory(Protocol):
-    """What an attack keeps between optimizer steps: the same on all processes, saved with a checkpoint."""
+    """What an attack keeps between optimizer steps: the same on all processes, saved with a checkpoint.
+
+    `passes` runs once for each micro-batch on each process; what it finds it hands to `step.memory`, by whatever method
+    the memory has for it (`token_aware.Table.keep`). `settle` makes that the same everywhere. In an evaluation
+    `step.memory` is None.
+    """
 
     def settle(self, model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
-        """Between two optimizer steps, and before the first; `total` sums a tensor over all processes."""
+        """Before an attacked optimizer step, where one was made since the last call; also before the first of a run.
+
+        Args:
+            model: inside every wrapper.
+            total: sums a tensor over all processes; to be called on all of them, equally often.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What is saved."""
@@ -131,7 +143,7 @@ class Step:
     Args:
         epsilon: this step's epsilon, which a schedule may have lowered; a scalar tensor where it is `auto`.
         seed: of whatever is random in this step.
-        memory: what `Attack.new_memory` made at the start of the run.
+        memory: what `Attack.new_memory` made at the start of the run; None in an evaluation.
         examples: how many examples the micro-batch has.
     """
 
@@ -142,7 +154,7 @@ class Step:
 
 
 class Trains(Protocol):
-    """Runs a training pass. The answer of the last one is not read and may be None."""
+    """Runs a training pass. The result of the last one is not read and may be None."""
 
     def __call__(self, request: TrainPass, last: bool) -> PassResult | None: ...
 
@@ -170,13 +182,14 @@ class Attack:
     targeted: int | str | None = None
 
     name: ClassVar[str] = ""
-    # What a method is by itself: its target and scope where none is asked for; whether it asks for passes that train
-    # nothing; whether it compares outputs; whether its direction depends on labels; which settings are lengths.
+    # The target and scope where none is asked for.
     default_target: ClassVar[str] = "word_embeddings"
     default_scope: ClassVar[str] = "vocabulary"
+    # Whether the method yields a `GradientPass`; whether it reads outputs; whether its direction depends on labels.
     looks: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     labelled: ClassVar[bool] = True
+    # The settings that are lengths, in the units of the target.
     lengths: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     def __post_init__(self) -> None:
@@ -215,8 +228,17 @@ class Attack:
         raise NotImplementedError
 
     @property
+    def preferred_scope(self) -> str:
+        """The scope where none is asked for, and the target has it.
+
+        With epsilon `auto` no method shares one length over the micro-batch: what an example gets would depend on it.
+        """
+        own = self.default_scope
+        return "example" if self.epsilon == AUTO and own == "vocabulary" else own
+
+    @property
     def reads_outputs(self) -> bool:
-        """Whether an `PassResult` must hold the model's outputs."""
+        """Whether a `PassResult` must hold the model's outputs."""
         return self.compares or self.targeted == "least_likely"
 
     @property
@@ -232,6 +254,10 @@ class Attack:
         """The largest length that a perturbation may have, in the attack's norm."""
         return epsilon
 
+    def on_all(self) -> Attack:
+        """The same attack, on every example: for an evaluation."""
+        return self
+
     def in_units(self, unit: float) -> Attack:
         """The same attack, its lengths multiplied by `unit`."""
         if unit == 1:
@@ -239,9 +265,9 @@ class Attack:
         given = {name: getattr(self, name) for name in self.lengths}
         return replace(self, **{n: value * unit for n, value in given.items() if value not in (None, AUTO)})
 
-    def step(self, answer: PassResult, size: float) -> Tensor:
-        """The perturbation of length `size` along the gradient (`geometry.ascent`)."""
-        return size * geometry.steepest_ascent(answer.gradient, self.norm, answer.units)
+    def step(self, result: PassResult, size: float) -> Tensor:
+        """The perturbation of length `size` along the gradient (`geometry.steepest_ascent`)."""
+        return size * geometry.steepest_ascent(result.gradient, self.norm, result.units)
 
     def settings(self) -> dict[str, Any]:
         """The settings by name, the method's name first: for logs and model cards."""
@@ -270,20 +296,25 @@ class Iterated(Attack):
         return found
 
 
-def run(attack: Attack, step: Step, train: Trains, look: Callable[[GradientPass | ForwardPass], PassResult]) -> None:
+def run(attack: Attack, step: Step, train: Trains, other: Callable[[GradientPass | ForwardPass], PassResult]) -> None:
     """Runs the passes of one step.
 
-    `train(request, last)` and `look(request)` do the work; the attack's weights are multiplied in here, and a training
-    pass that is measured by nothing becomes a `GradientPass`, which costs less. `last` is true for the pass after which
-    gradients are complete. Where the attack is targeted, every gradient that it is sent leads towards the label.
+    The attack's weights are multiplied in here, and a training pass whose weight becomes 0 is made as a `GradientPass`,
+    which costs less. Where the attack is targeted, every gradient that it is sent leads towards the label.
+
+    Args:
+        attack: the attack.
+        step: what it is told.
+        train: makes a training pass; `last` is true for the one after which gradients are complete.
+        other: makes a pass that trains nothing.
     """
 
     def ask(request: Request) -> PassResult:
         if not isinstance(request, TrainPass):
-            return look(request)
-        answer = train(request, False)
-        assert answer is not None
-        return answer
+            return other(request)
+        result = train(request, False)
+        assert result is not None
+        return result
 
     if attack.targeted is not None:
         ask = _Towards(attack.targeted, ask)
@@ -310,14 +341,14 @@ class _Towards:
     def __call__(self, request: Request) -> PassResult:
         if isinstance(request, ForwardPass):
             return self._ask(request)
-        answer = self._ask(request) if isinstance(request, TrainPass) else None
+        result = self._ask(request) if isinstance(request, TrainPass) else None
         rows = None if isinstance(request, TrainPass) else request.rows
         if self._label == "least_likely":
-            first = answer or self._ask(ForwardPass(request.delta, masks=request.masks, rows=rows))
+            first = result or self._ask(ForwardPass(request.delta, masks=request.masks, rows=rows))
             self._label = first.outputs[0].argmin(-1)
-        delta = request.delta if answer is None else answer.delta
+        delta = request.delta if result is None else result.delta
         towards = self._ask(GradientPass(delta, masks=request.masks, label=self._label, rows=rows))
-        return replace(answer or towards, gradient=-towards.gradient)
+        return replace(result or towards, gradient=-towards.gradient)
 
 
 def _weighted(request: Request, attack: Attack) -> Request:

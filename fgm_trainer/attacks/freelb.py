@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..perturbation.forward_pass import TargetCall
+from ..perturbation.calls import TargetCall
 from ..perturbation.geometry import project, uniform
 from .base import Iterated, Passes, Step, TrainPass, register
 
@@ -68,7 +68,7 @@ class FreeLB(Iterated):
             yield TrainPass()
         request = TrainPass(start, weight=1 / self.steps, masks="path")
         for _ in range(self.steps - 1):
-            answer = yield request
-            delta = project(answer.delta + self.step(answer, size), step.epsilon, self.norm, answer.units)
+            result = yield request
+            delta = project(result.delta + self.step(result, size), step.epsilon, self.norm, result.units)
             request = TrainPass(delta, weight=1 / self.steps, masks="path")
         return request

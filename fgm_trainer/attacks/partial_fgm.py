@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -48,6 +48,9 @@ class PartialFGM(Attack):
         if self.clean_weight != 1:
             found.append("clean_weight must be left out: clean and adversarial examples share one pass.")
         return found
+
+    def on_all(self) -> Attack:
+        return replace(self, share=1.0)
 
     def passes(self, step: Step) -> Passes:
         draw = random.Random(step.seed)

@@ -41,14 +41,14 @@ class PGD(Iterated):
 
     def passes(self, step: Step) -> Passes:
         size = 2.5 * step.epsilon / self.steps if self.step_size is None else self.step_size
-        answer = yield TrainPass()
+        result = yield TrainPass()
         if self.random_start:
-            answer = yield GradientPass(
-                0.5 * step.epsilon * sample(answer.gradient, self.norm, answer.units, step.seed)
+            result = yield GradientPass(
+                0.5 * step.epsilon * sample(result.gradient, self.norm, result.units, step.seed)
             )
         for _ in range(self.steps - 1):
-            answer = yield GradientPass(self._moved(answer, size, step.epsilon))
-        return TrainPass(self._moved(answer, size, step.epsilon))
+            result = yield GradientPass(self._moved(result, size, step.epsilon))
+        return TrainPass(self._moved(result, size, step.epsilon))
 
-    def _moved(self, answer: PassResult, size: float, epsilon: float) -> Tensor:
-        return project(answer.delta + self.step(answer, size), epsilon, self.norm, answer.units)
+    def _moved(self, result: PassResult, size: float, epsilon: float) -> Tensor:
+        return project(result.delta + self.step(result, size), epsilon, self.norm, result.units)

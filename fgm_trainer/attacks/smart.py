@@ -76,9 +76,9 @@ class SMART(Iterated):
     def new_memory(self, seed: int) -> Memory | None:
         return RunningMean(self.decay) if self.bregman else None
 
-    def ascent(self, answer: Any, epsilon: float) -> Tensor:
+    def ascent(self, result: Any, epsilon: float) -> Tensor:
         """One step: the gradient over its largest entry, times `step_size`."""
-        return self.step(answer, self._size(epsilon))
+        return self.step(result, self._size(epsilon))
 
     def _size(self, epsilon: Any) -> Any:
         return 100 * epsilon if self.step_size is None else self.step_size
@@ -89,8 +89,8 @@ class SMART(Iterated):
         noise = (step.epsilon if self.sigma is None else self.sigma) * gaussian(clean.gradient, clean.units, step.seed)
         delta = project(noise, step.epsilon, self.norm, clean.units)
         for _ in range(self.steps):
-            answer = yield GradientPass(delta, against=apart)
-            delta = project(delta + self.ascent(answer, step.epsilon), step.epsilon, self.norm, answer.units)
+            result = yield GradientPass(delta, against=apart)
+            delta = project(delta + self.ascent(result, step.epsilon), step.epsilon, self.norm, result.units)
         noisy = yield TrainPass(delta, weight=0.0, against=apart, masks="noisy")
         terms = [Against(noisy.outputs, self.divergence)]
         if self.bregman and step.memory is not None:

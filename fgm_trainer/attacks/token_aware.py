@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..perturbation.forward_pass import TargetCall
+from ..perturbation.calls import TargetCall
 from ..perturbation.geometry import Units, ascent, project, uniform
 from .base import AUTO, Iterated, Memory, Passes, PassResult, Step, TrainPass, register
 
@@ -90,26 +90,26 @@ class TokenAware(Iterated):
         def remembered(ids: Tensor, size: int, like: Tensor, units: Units) -> Tensor:
             return project(units.share(table.read(ids, size, like)), step.epsilon, self.norm, units)
 
-        answer = yield TrainPass(start, weight=1 / self.steps)
-        assert answer.ids is not None
-        eta = remembered(answer.ids, 0, answer.gradient, answer.units)
-        delta = answer.delta - eta
+        result = yield TrainPass(start, weight=1 / self.steps)
+        assert result.ids is not None
+        eta = remembered(result.ids, 0, result.gradient, result.units)
+        delta = result.delta - eta
         for number in range(self.steps - 1):
             if number:
-                answer = yield TrainPass(delta + eta, weight=1 / self.steps)
-            eta = project(self._renewed(eta, answer, size), step.epsilon, self.norm, answer.units)
-            delta = project(delta + self.step(answer, size), step.epsilon, self.norm, answer.units)
-        assert answer.ids is not None
-        table.keep(answer.ids, eta, answer.units.padding)
+                result = yield TrainPass(delta + eta, weight=1 / self.steps)
+            eta = project(self._renewed(eta, result, size), step.epsilon, self.norm, result.units)
+            delta = project(delta + self.step(result, size), step.epsilon, self.norm, result.units)
+        assert result.ids is not None
+        table.keep(result.ids, eta, result.units.padding)
         return TrainPass(delta + eta, weight=1 / self.steps)
 
-    def _renewed(self, eta: Tensor, answer: PassResult, size: float) -> Tensor:
+    def _renewed(self, eta: Tensor, result: PassResult, size: float) -> Tensor:
         """Eta after a step of its own; a token's share is its length over that of the longest in the example."""
-        along = ascent(answer.units.pool(answer.gradient), self.norm, Units("token", answer.units.padding))
+        along = ascent(result.units.pool(result.gradient), self.norm, Units("token", result.units.padding))
         eta = eta + size * along
         lengths: Tensor = torch.linalg.vector_norm(eta, dim=-1, keepdim=True)
         # In scope `vocabulary` the micro-batch is what an example is elsewhere: an entry has one perturbation in it.
-        first = 0 if answer.units.scope == "vocabulary" else 1
+        first = 0 if result.units.scope == "vocabulary" else 1
         return eta * lengths / lengths.amax(dim=tuple(range(first, lengths.dim())), keepdim=True).clamp(min=1e-30)
 
 

@@ -60,6 +60,6 @@ class VAT(Attack):
         moved = (Against(clean.outputs, "kl"),)
         direction = sample(clean.gradient, self.norm, clean.units, step.seed)
         for _ in range(self.iterations):
-            answer = yield GradientPass(xi * direction, against=moved, masks="one")
-            direction = self.step(answer, 1.0)
+            result = yield GradientPass(xi * direction, against=moved, masks="one")
+            direction = self.step(result, 1.0)
         return TrainPass(step.epsilon * direction, weight=0.0, against=moved, masks="one")

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..perturbation.lookups import is_sharded
+
 
 def bare(model: nn.Module, accelerator: Any) -> nn.Module:
     """The model inside the wrappers of the engine and of torch.compile, its autocast kept."""
@@ -69,7 +71,7 @@ class Engine:
 
     @property
     def _spread(self) -> bool:
-        return any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in self.model.parameters())
+        return any(map(is_sharded, self.model.parameters()))
 
     def refuse_spread_weights(self, name: str) -> None:
         """Raises ValueError where weights or their gradients are spread over processes; `name` needs them whole."""

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ForwardPass, TrainPass
-from .driver import RunningPass
+from ..attacks import ForwardPass, GradientPass, TrainPass
 from .guessing import GuessingLoss
+from .running_pass import RunningPass
 
 # The first step's epsilon, before the length of what is perturbed is known.
 _FIRST = 1e-4
 # Relative to that length: below which epsilon never falls, and where it starts.
-_FLOOR, _START = 1e-5, 1e-3
+_FLOOR, _START = 1e-5, 5e-3
 # How much of the smoothed losses is kept from step to step, and the factors by which epsilon falls and rises at most.
 _DECAY = 0.9
-_FALL, _RISE = 0.5, 1.1
-# Where it is smaller than at the start, it may rise faster.
-_RETURN = 2.0
+_FALL, _RISE = 0.5, 1.2
+# At most, where epsilon is smaller than at the start; and where the model is no better than guessing.
+_RETURN, _LOST = 2.0, 0.8
+# Losses whose difference is below this share of the loss of guessing are near to each other.
+_NEAR = 0.05
 # Where the loss of guessing is not known: the steps whose mean loss takes its place, and the share of the clean loss
 # that there is to lose at least.
 _START_STEPS = 10
@@ -29,17 +31,19 @@ _LEAST = 0.1
 
 
 class EpsilonController:
-    """Steers epsilon so that the loss rises under attack by `strength` times what there is to lose.
+    """Steers epsilon so that under attack the loss reaches `strength` times that of guessing, or a little more.
 
-    With c the clean loss, g what the attack adds to it (or the divergence, where a method trains on one), e epsilon and
-    H the loss of guessing; c, g and e means over an optimizer step of all processes, smoothed over about ten steps:
+    With c the clean loss, g what the attack adds (`losses_of`), e epsilon and H the loss of guessing, means over an
+    optimizer step of all processes, smoothed over about ten steps; t a twentieth of H, or of c where that is larger;
+    r 5/2 of the share of rare labels, at most 1 (`GuessingLoss.bearable`), and rise what the schedule says:
 
-        target    = strength * max(H - c, 0)
-        epsilon <- epsilon * clip((target / g) * (e / epsilon), 0.5, 1.1)
+        target   = strength * rise * r * max(H + t - c, 0)
+        epsilon <- epsilon * clip((target + t) / (g * epsilon / e + t), 0.5, 1.2)
 
-    between a floor and a ceiling that are relative to the length of what is perturbed. It starts at 1e-3 times that,
-    and may double where it is smaller. Where H is not known (language models, a loss of your own), H - c is what
-    training has gained so far, and a tenth of c at least.
+    and at most 0.8 times epsilon where c >= H: a model that knows nothing yet, or no more, is hardly attacked. Epsilon
+    starts at 5e-3 times the length of what is perturbed, stays between a floor and a ceiling that are relative to that,
+    and may double where it is smaller than at the start. Where H is not known (language models, a loss of your own),
+    H - c is what training has gained so far, and a tenth of c at least.
 
     A `Memory`: settled between optimizer steps, the same on all processes, saved with a checkpoint. Its state is on the
     device, and nothing is read from there.
@@ -58,11 +62,11 @@ class EpsilonController:
         device: torch.device,
         guessing: GuessingLoss,
         *,
-        ceiling: float = 0.1,
+        ceiling: float = 0.035,
         most: float = math.inf,
     ) -> None:
         self._strength, self._guessing, self._ceiling, self._most = strength, guessing, ceiling, most
-        names = ("clean", "added", "mean_epsilon", "weight", "start", "steps", "length")
+        names = ("clean", "added", "guess", "mean_epsilon", "weight", "start", "steps", "length", "lengths")
         self._state = {name: torch.zeros((), device=device) for name in names}
         self._state["epsilon"] = torch.full((), min(most, _FIRST), device=device)
         self._state["labels"] = guessing.new_counts().to(device)
@@ -90,11 +94,11 @@ class EpsilonController:
         """
         self._rise = rise
         perturbed = [each for each in passes if not each.is_clean]
-        values, deltas = perturbed[-1].forward_pass.row_norms()
+        values, deltas = perturbed[-1].forward_pass.example_norms()
         moved = (deltas > 0) & (values > 0)
         relative = torch.where(moved, deltas / values, 0.0).sum()
-        clean, added = clean_loss(passes) * micro_batches, added_loss(passes) * micro_batches
-        self.note(clean, added, relative, moved.sum(), labels)
+        clean, added = losses_of(passes)
+        self.note(clean * micro_batches, added * micro_batches, relative, moved.sum(), labels)
 
     def observe_clean(self, loss: Tensor, labels: Any, micro_batches: int = 1) -> None:
         """Notes a micro-batch without attack, arguments as for `observe`."""
@@ -123,43 +127,58 @@ class EpsilonController:
         sums, self._observed = total(torch.stack(self._observed).sum(0)), []
         count, clean, added, relative, rows = sums[:5]
         self._state["labels"] = self._state["labels"] + sums[5:]
-        attacked = self._smooth(clean / count, added / count)
+        # Of the labels of this step: what they make the loss differ by, they make this differ by as well.
+        guess = self._guessing.loss(self._state["labels"], sums[5:])
+        attacked = self._smooth(clean / count, added / count, guess)
         steered = torch.where(attacked, self._steered(), self.epsilon)
         # A loss that an attack takes out of range.
         steered = torch.where(added.isnan() | (added == math.inf), self.epsilon * _FALL, steered)
         self._state["epsilon"] = self._within(steered, self.epsilon * rows / relative)
 
-    def _smooth(self, clean: Tensor, added: Tensor) -> Tensor:
+    def _smooth(self, clean: Tensor, added: Tensor, guess: Tensor) -> Tensor:
         """Takes a step's losses into the means; whether it had both."""
         state = self._state
         early = (state["steps"] < _START_STEPS) & clean.isfinite()
         start = state["start"] + (clean - state["start"]) / (state["steps"] + 1)
         state["start"], state["steps"] = torch.where(early, start, state["start"]), state["steps"] + early
         attacked = clean.isfinite() & added.isfinite()
-        for name, value in (("clean", clean), ("added", added), ("mean_epsilon", self.epsilon), ("weight", 1.0)):
+        values = {"clean": clean, "added": added, "guess": guess, "mean_epsilon": self.epsilon}
+        for name, value in (*values.items(), ("weight", torch.ones_like(clean))):
             state[name] = torch.where(attacked, _DECAY * state[name] + (1 - _DECAY) * value, state[name])
         return attacked
 
     def _steered(self) -> Tensor:
         state = self._state
         clean, added, epsilon = (state[name] / state["weight"] for name in ("clean", "added", "mean_epsilon"))
-        target = self._rise * self._strength * self._to_lose(clean)
-        # Where an attack lowers the loss, by chance, epsilon may rise; where it changes nothing at all, it need not.
-        wanted = torch.where(added > 0, target / added * epsilon, torch.where(added == 0, self.epsilon, math.inf))
+        to_lose = self._to_lose(clean)
+        near = _NEAR * (clean.abs() + to_lose.clamp(min=0)) + 1e-12
+        bearable = self._guessing.bearable(state["labels"])
+        target = self._rise * self._strength * bearable * (to_lose + near).clamp(min=0)
+        # What the attack adds at this epsilon. An attack that lowers the loss, by chance, adds nothing.
+        adds = (added * self.epsilon / epsilon).clamp(min=0)
+        factor = ((target + near) / (adds + near)).clamp(min=_FALL)
         rise = torch.where(self.epsilon < _START * state["length"], _RETURN, _RISE)
-        factor = torch.minimum((wanted / self.epsilon).clamp(min=_FALL), rise)
-        return self.epsilon * torch.where(target > 0, factor, _FALL)
+        # Where an attack changes nothing at all, a larger one need not either.
+        rise = torch.where(added == 0, 1.0, rise)
+        rise = torch.where(to_lose > 0, rise, _LOST)
+        # How far the model is from guessing; one that has collapsed would be moved by nothing, however large.
+        learned = (to_lose / near).clamp(0, 1)
+        ceiling = (self._ceiling * learned).clamp(min=_START) * state["length"]
+        return torch.minimum(self.epsilon * torch.minimum(factor, rise), ceiling)
 
     def _to_lose(self, clean: Tensor) -> Tensor:
-        guess = self._guessing.loss(self._state["labels"])
+        guess = self._state["guess"] / self._state["weight"]
         gained = torch.maximum(self._state["start"] - clean, _LEAST * clean.abs())
         return torch.where(guess.isnan(), gained, guess - clean)
 
     def _within(self, steered: Tensor, length: Tensor) -> Tensor:
         """Within floor and ceiling; where the length is seen for the first time, what epsilon starts with."""
-        state = self._state
-        first = (state["length"] == 0) & length.isfinite()
-        known = state["length"] = torch.where(first, length, state["length"])
+        state, seen = self._state, length.isfinite()
+        first = seen & (state["lengths"] == 0)
+        # The mean of all steps: batches of like length may begin with the longest.
+        state["lengths"] = state["lengths"] + seen
+        mean = state["length"] + (length - state["length"]) / state["lengths"]
+        known = state["length"] = torch.where(seen, mean, state["length"])
         within = torch.where(
             first | steered.isnan(), _START * known, steered.clamp(_FLOOR * known, self._ceiling * known)
         )
@@ -172,17 +191,39 @@ class EpsilonController:
         self._state = {name: value.to(self.epsilon.device) for name, value in state.items()}
 
 
-def clean_loss(passes: Sequence[RunningPass]) -> Tensor:
-    """The loss of the clean inputs; of a method that never sees them, that of its first pass."""
-    clean = [each for each in passes if each.is_clean and not isinstance(each.request, ForwardPass)]
-    return next((each for each in clean if each.is_training), (clean or passes)[0]).unweighted
+def losses_of(passes: Sequence[RunningPass]) -> tuple[Tensor, Tensor]:
+    """The clean loss, and what the attack adds to the loss that is trained on, over the mean weight of all examples.
+
+    With a the loss under attack, c the clean loss, v and w the weights of perturbed and clean examples the second is
+    2 v (a - c) / (v + w): a - c where both have the same weight, twice that where only perturbed ones are trained on.
+    With a divergence of weight v in place of a - c it is 2 v / w times that. Without a clean pass, c is the loss of
+    the first.
+    """
+    trained = [(each, each.request) for each in passes if isinstance(each.request, TrainPass)]
+    last, request = [(each, request) for each, request in trained if not each.is_clean][-1]
+    of_part = [each for each in passes if isinstance(each.request, GradientPass) and each.request.rows is request.rows]
+    if request.rows is not None and of_part:
+        return _losses_of_a_part(of_part[0], last, request)
+    seen = [each for each in passes if each.is_clean and not isinstance(each.request, ForwardPass)]
+    clean = next((each for each in seen if each.is_training), (seen or passes)[0]).unweighted
+    weight = sum(request.weight for each, request in trained if each.is_clean)
+    if request.weight == 0:
+        return clean, last.unweighted * (2 * sum(against.weight for against in request.against) / (weight or 1.0))
+    perturbed = sum(request.weight for each, request in trained if not each.is_clean)
+    return clean, (last.unweighted - clean) * (2 * perturbed / (perturbed + weight))
 
 
-def added_loss(passes: Sequence[RunningPass]) -> Tensor:
-    """What the last perturbation adds to the loss of the examples that have it, or the divergence that it makes."""
-    last = [each for each in passes if each.is_training and not each.is_clean][-1]
-    assert isinstance(last.request, TrainPass)
-    if last.request.weight == 0:
-        return last.unweighted
-    added = last.unweighted - clean_loss(passes)
-    return added if last.request.rows is None else added * (last.examples / len(last.request.rows))
+def _losses_of_a_part(first: RunningPass, last: RunningPass, request: TrainPass) -> tuple[Tensor, Tensor]:
+    """The same where a part of the examples is perturbed, and the rest of the same pass is clean.
+
+    The gradient is of that part alone, and its loss a mean over it, or its share of a sum over the whole step: what the
+    two passes report can't be subtracted. What the perturbation adds over the loss is the same either way, to first
+    order <gradient, delta> / loss; the part's loss stands for that of all.
+    """
+    assert isinstance(request.delta, Tensor)
+    assert request.rows is not None
+    share = len(request.rows) / last.examples
+    gradient = first.forward_pass.tensor.gradient(first.scales.of_loss)
+    relative = share * (gradient * request.delta).sum() / first.loss
+    clean = last.unweighted / (1 + relative)
+    return clean, 2 * clean * relative

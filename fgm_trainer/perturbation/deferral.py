@@ -17,6 +17,7 @@ from torch.nn.modules import module as every
 
 from .batches import version
 from .hooks import Hook
+from .lookups import is_sharded
 
 
 class Looked:
@@ -82,13 +83,13 @@ def sent_on(lookup: nn.Module, value: Tensor, ids: Tensor, owed: list[Owed]) -> 
     return value
 
 
-def send_the_rest(owed: Mapping[tuple[nn.Module, int], list[Owed]]) -> None:
+def send_the_rest(owed: Mapping[tuple[nn.Module, int, bool], list[Owed]]) -> None:
     """What no call of the last pass sent on: it left the lookup out, or its loss does not depend on it.
 
     Raises:
         RuntimeError: there are several processes, which add up gradients in the last backward pass alone.
     """
-    for (lookup, _), each in ((key, one) for key, some in owed.items() for one in some):
+    for lookup, each in ((key[0], one) for key, some in owed.items() for one in some):
         gradient = each.take()
         if gradient is None or not lookup.weight.requires_grad:
             continue
@@ -116,7 +117,7 @@ def is_plain_lookup(module: nn.Module) -> bool:
         and not (every._global_backward_hooks or every._global_backward_pre_hooks)
         and "forward" not in vars(module)
         and type(weight) is nn.Parameter
-        and not hasattr(weight, "ds_id")
+        and not is_sharded(weight)
         and not weight._backward_hooks
         and not getattr(weight, "_post_accumulate_grad_hooks", None)
         and module.max_norm is None

@@ -276,6 +276,11 @@ def mean_embedding_norm(model: nn.Module) -> float:
     return float(norms.mean()) * scale
 
 
+def is_sharded(weight: Any) -> bool:
+    """Whether a weight is spread over processes: by DeepSpeed's ZeRO-3, or a DTensor of FSDP2."""
+    return hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")
+
+
 def _row_norms(rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=dtype)

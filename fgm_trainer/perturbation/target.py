@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .forward_pass import BARRIER, Draw, PerturbedForward, StepCalls
+from .calls import BARRIER, Draw, StepCalls
+from .forward_pass import PerturbedForward
 from .hooks import Hook
 from .lookups import is_compiled
+from .watched import WatchedForward
 
 
 class Site(NamedTuple):
@@ -34,8 +37,8 @@ class Target:
     """
 
     scopes: tuple[str, ...] = ("example", "token")
-    # What epsilon `auto` never exceeds, relative to the length of the tensor: of 25 tokens a tenth is half of one.
-    ceiling: float = 0.1
+    # What epsilon `auto` never exceeds, relative to the length of the tensor (docs/epsilon.md).
+    ceiling: float = 0.035
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None
@@ -50,7 +53,7 @@ class Target:
         self.settled: set[frozenset[nn.Module]] = set()
         self._sites: list[tuple[Site, Hook]] = []
         self._handles: list[Any] = []
-        self._pass: PerturbedForward | None = None
+        self._pass: WatchedForward | None = None
         self._padding_id: int | None = None
         self._positions_first = self._pads_inside = False
 
@@ -99,13 +102,22 @@ class Target:
         """What the passes of one micro-batch share."""
         return StepCalls(scope, self._padding_id, self._pads_inside, self.clip, self.stochastic, defers)
 
-    def new_pass(self, step: StepCalls, delta: Tensor | Draw | None, **settings: Any) -> PerturbedForward:
+    def new_pass(self, step: StepCalls, delta: Tensor | Draw | None, **settings: Any) -> WatchedForward:
         """A pass over this target (`PerturbedForward`)."""
         return PerturbedForward(step, delta, **settings)
 
-    def perturbed(self, forward_pass: PerturbedForward) -> Perturbed:
+    def perturbed(self, forward_pass: WatchedForward) -> Perturbed:
         """A context: inside, the calls of the target that the pass's loss is made of are perturbed."""
         return Perturbed(self, forward_pass)
+
+    @contextmanager
+    def replaced(self, forward_pass: WatchedForward) -> Iterator[None]:
+        """Inside of a pass: the target's calls are those of another pass."""
+        own, self._pass = self._pass, forward_pass
+        try:
+            yield
+        finally:
+            self._pass = own
 
     def unreached(self, batch: Any) -> str:
         """Why a forward pass on this batch may not have reached the target."""
@@ -123,19 +135,19 @@ class Target:
             for site, hook in reversed(self._sites)
         ]
 
-    def _begin(self, forward_pass: PerturbedForward) -> None:
+    def _begin(self, forward_pass: WatchedForward) -> None:
         self._pass = forward_pass
         if not self._handles:
             forward_pass.handles = self._register()
 
-    def _end(self, forward_pass: PerturbedForward) -> None:
+    def _end(self, forward_pass: WatchedForward) -> None:
         self._pass = None
         for handle in forward_pass.handles:
             handle.remove()
         forward_pass.handles = []
 
     def _perturb(self, module: nn.Module, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
-        assert self._pass is not None
+        assert isinstance(self._pass, PerturbedForward)
         if not self._positions_first:
             return self._pass.perturb(module, value, ids, vocabulary_size)
         ids = None if ids is None else ids.transpose(0, 1)
@@ -158,34 +170,31 @@ class Target:
         return sites
 
     def _on_masked_call(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._pass is None:
-            return
-        mask = args[place] if place < len(args) else kwargs.get("attention_mask")
-        if (
-            isinstance(mask, Tensor)
-            and mask.dim() in (2, 3)
-            and not (mask.dim() == 3 and mask.shape[1] == mask.shape[2])
-        ):
-            self._pass.masks.append(mask)
-        elif kwargs.get("encoder_hidden_states") is not None:
-            # A decoder without a mask of its own: the encoder's says nothing of its positions.
-            self._pass.masks.append(BARRIER)
-        else:
-            self._pass.masks.append(None)
+        if self._pass is not None:
+            self._pass.masks.append(_mask_of_call(place, args, kwargs))
 
     def _after_masked_call(self, *rest: Any) -> None:
         if self._pass is not None and self._pass.masks:
             self._pass.masks.pop()
 
 
+def _mask_of_call(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | str | None:
+    """The attention mask that a module is called with, one entry a position; or `BARRIER`."""
+    mask = args[place] if place < len(args) else kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and (mask.dim() == 2 or (mask.dim() == 3 and mask.shape[1] != mask.shape[2])):
+        return mask
+    # A decoder without a mask of its own: the encoder's says nothing of its positions.
+    return None if kwargs.get("encoder_hidden_states") is None else BARRIER
+
+
 class Perturbed:
     """The context of `Target.perturbed`."""
 
     # A class: a generator takes four times as many calls, several times a step.
-    def __init__(self, target: Target, forward_pass: PerturbedForward) -> None:
+    def __init__(self, target: Target, forward_pass: WatchedForward) -> None:
         self._target, self._pass = target, forward_pass
 
-    def __enter__(self) -> PerturbedForward:
+    def __enter__(self) -> WatchedForward:
         self._target._begin(self._pass)
         return self._pass
 

@@ -23,6 +23,7 @@ from .lookups import (
     vocabulary_size_of,
 )
 from .target import Site, Target
+from .watched import WatchedForward
 from .weights import Weights
 
 
@@ -153,26 +154,27 @@ class InputTensor(Target):
         call = functools.partial(self._on_call, place)
         return [*self._masks_around(model, [model]), Site(model, True, call)]
 
-    def _begin(self, forward_pass: PerturbedForward) -> None:
+    def _begin(self, forward_pass: WatchedForward) -> None:
         super()._begin(forward_pass)
         # Now, since it may be frozen between two steps.
         self._askers = [m for m in self._may_ask if m._requires_grad]
         for module in self._askers:
             module._requires_grad = False
 
-    def _end(self, forward_pass: PerturbedForward) -> None:
+    def _end(self, forward_pass: WatchedForward) -> None:
         super()._end(forward_pass)
         for module in self._askers:
             module._requires_grad = True
         self._askers = []
 
     def _on_call(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._pass is None:
+        seen = self._pass
+        if not isinstance(seen, PerturbedForward):
             return None
         if isinstance(kwargs.get(self.name), Tensor):
-            return args, {**kwargs, self.name: self._pass.perturb(module, kwargs[self.name])}
+            return args, {**kwargs, self.name: seen.perturb(module, kwargs[self.name])}
         if place < len(args) and isinstance(args[place], Tensor):
-            return (*args[:place], self._pass.perturb(module, args[place]), *args[place + 1 :]), kwargs
+            return (*args[:place], seen.perturb(module, args[place]), *args[place + 1 :]), kwargs
         return None
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward_pass import Draw, PerturbedForward, StepCalls, TargetCall
-from .geometry import Segments, Units, widen
+from .calls import Draw, StepCalls, TargetCall
+from .geometry import Segments, widen
 from .target import Site, Target
+from .watched import PerturbedTensor, WatchedForward
 
 # The weights of one module, each by its name there and its place among all.
 Own = list[tuple[str, int]]
@@ -34,10 +35,10 @@ class Weights(Target):
     def __str__(self) -> str:
         return "'weights' (the model's weight matrices)"
 
-    def new_pass(self, step: StepCalls, delta: Tensor | Draw | None, **settings: Any) -> PerturbedForward:
+    def new_pass(self, step: StepCalls, delta: Tensor | Draw | None, **settings: Any) -> WatchedForward:
         return _WeightPass(self._weights, step, delta, **settings)
 
-    def _end(self, forward_pass: PerturbedForward) -> None:
+    def _end(self, forward_pass: WatchedForward) -> None:
         super()._end(forward_pass)
         # An interrupt (Ctrl-C) in the middle of a forward leaves it without the hook that follows.
         for module, own in self._readers:
@@ -76,20 +77,25 @@ def _put_back(own: Own, module: nn.Module, *rest: Any) -> None:
         module.__dict__.pop(name, None)
 
 
-class _WeightPass(PerturbedForward):
+class _WeightPass(WatchedForward):
     """What one forward pass read: every weight, moved by its part of a flat perturbation."""
 
     def __init__(
-        self, weights: Sequence[Tensor], step: StepCalls, delta: Tensor | Draw | None, **settings: Any
+        self,
+        weights: Sequence[Tensor],
+        step: StepCalls,
+        delta: Tensor | Draw | None,
+        *,
+        chosen: Tensor | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(step, **settings)
         self._weights = weights
         sizes = tuple(w.numel() for w in weights)
         norms = torch.stack([torch.linalg.vector_norm(w.detach()) for w in weights])
-        self._segments = Segments(sizes=sizes, lengths=norms)
+        units = Segments(sizes=sizes, lengths=norms)
         if delta is not None and not isinstance(delta, Tensor):
-            delta = delta(TargetCall(weights[0].new_zeros(sum(sizes)), self._segments, None, 0, 0))
-        self._flat = delta
+            delta = delta(TargetCall(weights[0].new_zeros(sum(sizes)), units, None, 0, 0))
         self.touches = self.wanted or delta is not None
         # Modules called with autograd and without.
         self._graded: set[nn.Module] = set()
@@ -98,6 +104,7 @@ class _WeightPass(PerturbedForward):
         for weight, part in zip(weights, [None] * len(weights) if delta is None else delta.split(sizes), strict=True):
             own = torch.zeros_like(weight) if part is None else part.view_as(weight).to(weight.dtype)
             self._leaves.append(own.detach().requires_grad_(self.wanted))
+        self._tensor = _FlatWeights(self._leaves, units)
 
     @property
     def reached(self) -> bool:
@@ -117,32 +124,39 @@ class _WeightPass(PerturbedForward):
     def moved(self, index: int, weight: Tensor | None = None) -> Tensor:
         return (self._weights[index] if weight is None else weight) + self._leaves[index]
 
-    def end(self) -> None:
-        """Nothing is left to be checked."""
-
     @property
     def leaves(self) -> list[Tensor]:
         return self._leaves
+
+    @property
+    def tensor(self) -> PerturbedTensor:
+        return self._tensor
+
+    def example_norms(self) -> tuple[Tensor, Tensor]:
+        lengths = self._tensor.units().lengths
+        assert lengths is not None
+        return lengths, torch.stack([torch.linalg.vector_norm(leaf.detach()) for leaf in self._leaves])
+
+
+class _FlatWeights:
+    """All weights as one flat vector."""
+
+    def __init__(self, leaves: list[Tensor], units: Segments) -> None:
+        self._leaves, self._units = leaves, units
 
     def gradient(self, scales: Mapping[int, Tensor]) -> Tensor:
         # A weight that this forward pass did not read has no direction.
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         return widen(torch.cat([g.flatten() for g in gradients])) / scales[0]
 
-    def units(self) -> Units:
-        return self._segments
-
     def no_gradient(self) -> Tensor:
-        return torch.zeros_like(torch.cat([leaf.detach().flatten() for leaf in self._leaves]))
+        return torch.zeros_like(self.delta())
 
-    def applied(self) -> Tensor | None:
-        return None if self._flat is None else torch.cat([leaf.detach().flatten() for leaf in self._leaves])
+    def delta(self) -> Tensor:
+        return torch.cat([leaf.detach().flatten() for leaf in self._leaves])
 
-    def ids(self) -> Tensor | None:
+    def ids(self) -> None:
         return None
 
-    def row_norms(self) -> tuple[Tensor, Tensor]:
-        assert self._flat is not None
-        assert self._segments.lengths is not None
-        parts = self._flat.split(self._segments.sizes)
-        return self._segments.lengths, torch.stack([torch.linalg.vector_norm(p) for p in parts])
+    def units(self) -> Segments:
+        return self._units

@@ -3,82 +3,38 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from dataclasses import replace
+from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ..attacks import FGM, PGD, Attack, Noise, Step
 from ..engine.accelerate import Engine
-from ..engine.driver import Driver, RunningPass, unit_of
+from ..engine.driver import Driver, unit_of
+from ..engine.running_pass import RunningPass
 from ..perturbation.batches import rows_of, without_column
 from ..perturbation.target import Target
 from ..perturbation.targets import find_target
+from .ensemble import Ensemble, LossOf, signs_of_masking, strong
+from .report import RobustnessReport
+from .tasks import IGNORED, Outcome, Task, rows_in, task_of
 
 ATTACKS_TO_TRY: tuple[Attack, ...] = (Noise(), FGM(), PGD(steps=10))
 EPSILONS = (0.1, 0.2, 0.4)
-LossOf = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Any]]
-
-
-@dataclass(frozen=True)
-class RobustnessReport:
-    """What `evaluate_robustness` measured.
-
-    Args:
-        examples: how many examples were evaluated.
-        epsilons: the grid, ascending.
-        clean: the score without attack: accuracy, or for regression the mean squared error.
-        scores: by attack, the score at each epsilon; it never improves as epsilon grows.
-        metric: `accuracy` or `squared_error`.
-        clean_pearson: regression only: Pearson's correlation without attack.
-        pearson: regression only: by attack, Pearson's correlation at each epsilon.
-    """
-
-    examples: int
-    epsilons: tuple[float, ...]
-    clean: float
-    scores: dict[str, tuple[float, ...]]
-    metric: str = "accuracy"
-    clean_pearson: float | None = None
-    pearson: dict[str, tuple[float, ...]] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
-        return asdict(self)
-
-    def metrics(self, prefix: str = "robust") -> dict[str, float]:
-        """The report as flat figures by name, such as `robust_pgd-10_0.2`, for logs and `all_results.json`.
-
-        For regression, Pearson's correlations as well: `robust_pearson_pgd-10_0.2`.
-        """
-        flat = {f"{prefix}_clean": self.clean, **self._flat(prefix, self.scores)}
-        if self.pearson is not None and self.clean_pearson is not None:
-            flat |= {f"{prefix}_pearson_clean": self.clean_pearson, **self._flat(f"{prefix}_pearson", self.pearson)}
-        return flat
-
-    def _flat(self, prefix: str, rows: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        return {f"{prefix}_{a}_{e:g}": s for a, row in rows.items() for e, s in zip(self.epsilons, row, strict=True)}
-
-
-@dataclass
-class _Outcome:
-    """The examples of one attack so far. A fallen example stays fallen at every larger epsilon."""
-
-    right: Tensor
-    error: Tensor
-    prediction: Tensor
-    regression: bool
+PRESETS: dict[str, Callable[[], Sequence[Attack | Ensemble]]] = {"quick": lambda: ATTACKS_TO_TRY, "strong": strong}
 
 
 def evaluate_robustness(
     model: nn.Module,
     dataset: Any,
-    attacks: Sequence[Attack] = ATTACKS_TO_TRY,
+    attacks: Sequence[Attack | Ensemble] | str = "quick",
     epsilons: Sequence[float] = EPSILONS,
     *,
     target: str | Target | None = None,
@@ -98,8 +54,10 @@ def evaluate_robustness(
     Args:
         model: a classifier, (examples, classes) logits, or a regression model, one number an example; with labels
             in the batch it must return a loss.
-        dataset: examples for `collate_fn`, with `labels`; any iterable, of which each example is taken once.
-        attacks: the attacks; each one's own epsilon is replaced by the grid's.
+        dataset: examples for `collate_fn`, with `labels`; any iterable, of which each example is taken once. Those
+            without a label (-100) are left out.
+        attacks: the attacks; each one's own epsilon is replaced by the grid's. `quick`: noise, FGM and 10-step PGD.
+            `strong`: what a sceptic would ask for (`ensemble.strong`), at twenty times the cost and more.
         epsilons: 0 or more, any order.
         target: what is perturbed, as `adv_target`; None for the input token lookup.
         epsilon_unit: `absolute`, or `embedding`: the grid in units of the mean norm of a token's embedding.
@@ -115,53 +73,110 @@ def evaluate_robustness(
     Raises:
         ValueError: bad epsilons, no attack, an empty data set, labels or logits of another shape.
     """
+    strongly, attacks = attacks == "strong", _by_name(attacks)
     grid = _check_grid(epsilons, attacks, dataset)
     model = getattr(model, "_orig_mod", model)
     place = target if isinstance(target, Target) else find_target(target or "word_embeddings", model)
-    unit = unit_of(epsilon_unit, model)
     names = _names(attacks)
-    scores: dict[str, list[list[_Outcome]]] = {name: [[] for _ in grid] for name in names}
-    clean: list[_Outcome] = []
+    scores: dict[str, list[list[Outcome]]] = {name: [[] for _ in grid] for name in names}
+    clean: list[Outcome] = []
+    far: list[Tensor] = []
     labels: list[Tensor] = []
+    evaluation = Evaluation(model, place, unit_of(epsilon_unit, model), _columns(attacks))
     with evaluating(model, place, clip):
-        batches = _batches(dataset, batch_size, collate_fn)
+        batches = batches_of(dataset, batch_size, collate_fn, seed)
         total = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
         for number, batch in enumerate(bar(batches, progress, "robustness", total)):
             batch = on_device(batch, model)
-            inputs = {name: value for name, value in batch.items() if name not in {a.targeted for a in attacks}}
-            outcome = _judge(_logits(model, inputs), batch["labels"])
+            outcome = evaluation.clean(batch)
             clean.append(outcome)
-            labels.append(batch["labels"].flatten().cpu())
+            labels.append(evaluation.task.labels(batch))
+            worst = [outcome for _ in grid]
             for name, attack in zip(names, attacks, strict=True):
                 now = outcome
                 for i, epsilon in enumerate(grid):
-                    now = _attacked(model, place, batch, attack.in_units(unit), epsilon * unit, now, seed + number)
+                    if isinstance(attack, Ensemble) and attack.adds_up:
+                        now = now.worse_of(worst[i])
+                    now = evaluation.tried(batch, attack, epsilon, now, seed + number)
+                    worst[i] = worst[i].worse_of(now)
                     scores[name][i].append(now)
+            if strongly and max(grid) > 0:
+                far.append(evaluation.tried(batch, PGD(steps=10), 100 * max(grid), worst[-1], seed + number).right)
     if not clean:
         raise ValueError("Robustness can't be evaluated: the data set is empty.")
-    return _report(clean, scores, torch.cat(labels), grid)
+    report = _report(evaluation.task, clean, scores, labels, grid)
+    return (
+        replace(report, masking=signs_of_masking(report, int(torch.cat(far).sum()) if far else 0))
+        if strongly
+        else report
+    )
 
 
-def _attacked(
-    model: nn.Module, place: Target, batch: Mapping[str, Any], attack: Attack, epsilon: float, now: _Outcome, seed: int
-) -> _Outcome:
-    """The outcome at this epsilon: the examples that still stand are attacked, the others stay as they are."""
-    standing = now.right.nonzero().flatten()
-    if not len(standing) or epsilon == 0:
+class Evaluation:
+    """Attacks batches of examples.
+
+    Args:
+        model: the model, in eval mode.
+        place: its target, attached.
+        unit: what epsilons are multiplied by.
+        columns: of the data that only a targeted attack reads.
+    """
+
+    def __init__(self, model: nn.Module, place: Target, unit: float, columns: set[Any]) -> None:
+        self._model, self._place, self._unit, self._columns = model, place, unit, columns
+        self._task: Task | None = None
+
+    @property
+    def task(self) -> Task:
+        """The kind of task, as the first batch shows it."""
+        assert self._task is not None
+        return self._task
+
+    @torch.no_grad()
+    def clean(self, batch: Mapping[str, Any]) -> Outcome:
+        """Without attack."""
+        inputs = {name: value for name, value in batch.items() if name not in self._columns}
+        outputs = self._model(**inputs)
+        self._task = self._task or task_of(self._model, outputs, batch)
+        return self._task.judge(outputs, batch)
+
+    def tried(
+        self, batch: Mapping[str, Any], attack: Attack | Ensemble, epsilon: float, now: Outcome, seed: int
+    ) -> Outcome:
+        """The outcome at this epsilon: the examples that could be worse are attacked, the others stay as they are."""
+        if epsilon == 0:
+            return now
+        if isinstance(attack, Attack):
+            return self._after(batch, attack, epsilon, now, seed)
+        for number, (each, loss_of) in enumerate(attack.runs(self.task.classes)):
+            now = self._after(batch, each, epsilon, now, seed + 1000 * number, loss_of, at_any_pass=True)
         return now
-    part = rows_of(batch, standing, len(now.right))
-    scope = place.resolve_scope(attack.scope, "example")
-    last = under_attack(model, place, part, attack, Step(epsilon, seed, examples=len(standing)), scope)
-    after = _judge(_checked(last.outputs, part["labels"]), part["labels"])
-    worse = after.error > now.error[standing]
-    right, error, prediction = now.right.clone(), now.error.clone(), now.prediction.clone()
-    right[standing] = after.right
-    error[standing] = torch.where(worse, after.error, now.error[standing])
-    prediction[standing] = torch.where(worse, after.prediction, now.prediction[standing])
-    return _Outcome(right, error, prediction, now.regression)
+
+    def _after(
+        self,
+        batch: Mapping[str, Any],
+        attack: Attack,
+        epsilon: float,
+        now: Outcome,
+        seed: int,
+        loss_of: LossOf | None = None,
+        at_any_pass: bool = False,
+    ) -> Outcome:
+        standing = (now.error < self.task.worst).nonzero().flatten()
+        if not len(standing):
+            return now
+        others = self._columns - {attack.targeted}
+        part = rows_of({k: v for k, v in batch.items() if k not in others}, standing, len(now.right))
+        scope = self._place.resolve_scope(attack.scope, "example")
+        step = Step(epsilon * self._unit, seed, examples=len(standing))
+        passes = passes_of(self._model, self._place, part, attack.in_units(self._unit), step, scope, loss_of)
+        own = now.rows(standing)
+        for each in [each for each in passes if not each.is_clean] if at_any_pass else passes[-1:]:
+            own = own.worse_of(self.task.judge(each.outputs, part))
+        return now.with_rows(standing, own)
 
 
-def under_attack(
+def passes_of(
     model: nn.Module,
     place: Target,
     batch: Mapping[str, Any],
@@ -169,8 +184,8 @@ def under_attack(
     step: Step,
     scope: str,
     loss_of: LossOf | None = None,
-) -> RunningPass:
-    """The last perturbed pass that the attack would train on.
+) -> list[RunningPass]:
+    """The passes of a step of the attack, the last of them the perturbed one that it would train on.
 
     Args:
         model: the model, in whatever mode it shall be.
@@ -182,7 +197,8 @@ def under_attack(
         loss_of: (model, inputs) -> (loss, outputs); None for the model's own loss.
 
     Returns:
-        That pass: what it reported as its loss, its outputs, and the calls of its target. No gradient is left anywhere.
+        The passes: what each reported as its loss, its outputs, and the calls of its target. No gradient is left
+        anywhere.
     """
 
     def run_pass(running: RunningPass, called: nn.Module, inputs: Any) -> Tensor:
@@ -190,9 +206,10 @@ def under_attack(
         running.backward(loss, Tensor.backward)
         return loss.detach()
 
+    attack = attack.on_all()
     plain = replace(attack, weight=1.0) if attack.clean_weight else replace(attack, weight=1.0, clean_weight=1.0)
     driver = Driver(plain, place, scope, Engine(None, model, model), trains=False)
-    return driver.run(step, without_column(batch, attack.targeted), run_pass, batch)[-1]
+    return driver.run(step, without_column(batch, attack.targeted), run_pass, batch)
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -204,64 +221,60 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]
     return loss, outputs
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    return _checked(model(**batch), batch["labels"])
-
-
-def _checked(outputs: Any, labels: Tensor) -> Tensor:
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or labels.numel() != len(logits):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            "Robustness is measured for one label an example: logits (examples, classes) and labels (examples,); found "
-            f"logits {shape} and labels {tuple(labels.shape)}."
-        )
-    return logits.detach()
-
-
-def _judge(logits: Tensor, labels: Tensor) -> _Outcome:
-    """Regression (one logit): nothing falls, the error counts. Classification: the error is 0 or 1."""
-    if logits.shape[1] == 1:
-        prediction = logits[:, 0].float()
-        error = (prediction - labels.flatten()).square()
-        return _Outcome(torch.ones_like(error, dtype=torch.bool), error, prediction, True)
-    prediction = logits.argmax(dim=1)
-    right = prediction == labels.flatten()
-    return _Outcome(right, (~right).float(), prediction.float(), False)
-
-
 def _report(
-    clean: list[_Outcome], scores: dict[str, list[list[_Outcome]]], labels: Tensor, grid: tuple[float, ...]
+    task: Task,
+    clean: list[Outcome],
+    scores: dict[str, list[list[Outcome]]],
+    labels: list[Tensor],
+    grid: tuple[float, ...],
 ) -> RobustnessReport:
-    regression = clean[0].regression
+    def fell(rows: list[list[Outcome]]) -> tuple[float | None, ...]:
+        right = torch.stack([torch.cat([o.right for o in each]) for each in (clean, *rows)])
+        first = (~right).int().argmax(0).tolist()
+        return tuple(None if all(r) else (0.0, *grid)[i] for r, i in zip(right.T.tolist(), first, strict=True))
 
-    def score(outcomes: list[_Outcome]) -> float:
-        values = [o.error.double() if regression else o.right.double() for o in outcomes]
-        return torch.cat(values).mean().item()
-
-    def pearson(outcomes: list[_Outcome]) -> float:
-        prediction = torch.cat([o.prediction for o in outcomes]).double().cpu()
-        return torch.corrcoef(torch.stack([prediction, labels.double()]))[0, 1].item()
-
+    figures = {name: [task.figures(row, labels) for row in rows] for name, rows in scores.items()}
+    unattacked = task.figures(clean, labels)
+    others = [name for name in unattacked if name != task.metric]
     return RobustnessReport(
-        examples=len(labels),
+        examples=sum(len(each) for each in labels),
         epsilons=grid,
-        clean=score(clean),
-        scores={name: tuple(score(o) for o in rows) for name, rows in scores.items()},
-        metric="squared_error" if regression else "accuracy",
-        clean_pearson=pearson(clean) if regression else None,
-        pearson={name: tuple(pearson(o) for o in rows) for name, rows in scores.items()} if regression else None,
+        clean=unattacked[task.metric],
+        scores={name: tuple(each[task.metric] for each in row) for name, row in figures.items()},
+        metric=task.metric,
+        clean_further={other: unattacked[other] for other in others},
+        further={
+            other: {name: tuple(each[other] for each in row) for name, row in figures.items()} for other in others
+        },
+        labels=tuple(rows_in(task, labels, labels)),
+        predictions=tuple(rows_in(task, [o.prediction for o in clean], labels)),
+        fell={name: fell(rows) for name, rows in scores.items()} if task.falls else None,
     )
 
 
-def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack], dataset: Any) -> tuple[float, ...]:
+def _columns(attacks: Sequence[Attack | Ensemble]) -> set[Any]:
+    """What the attacks are targeted at, columns of the data among it."""
+    each = [[a] if isinstance(a, Attack) else [member.attack for member in a.members] for a in attacks]
+    return {attack.targeted for some in each for attack in some}
+
+
+def _by_name(attacks: Sequence[Attack | Ensemble] | str) -> Sequence[Attack | Ensemble]:
+    if isinstance(attacks, str) and attacks not in PRESETS:
+        raise ValueError(f"attacks is a list of attacks, or one of {', '.join(PRESETS)}; found {attacks!r}.")
+    return PRESETS[attacks]() if isinstance(attacks, str) else attacks
+
+
+def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack | Ensemble], dataset: Any) -> tuple[float, ...]:
     problems = []
     epsilons = [float(e) for e in epsilons]
     if not attacks:
         problems.append("there is no attack: pass at least one, such as FGM().")
+    ensembles = [a.name for a in attacks if isinstance(a, Ensemble)]
+    if len(set(ensembles)) < len(ensembles):
+        problems.append(f"ensembles need names of their own; found {', '.join(ensembles)}.")
     bad = [e for e in epsilons if not 0 <= e < float("inf")]
-    problems += [f"{a.name} perturbs {a.default_target}, not inputs." for a in attacks if a.default_target == "weights"]
+    single = [a for a in attacks if isinstance(a, Attack)]
+    problems += [f"{a.name} perturbs {a.default_target}, not inputs." for a in single if a.default_target == "weights"]
     if bad or not epsilons:
         problems.append(f"epsilons must be finite numbers, 0 or more, at least one; found {epsilons!r}.")
     if isinstance(dataset, Sized) and not len(dataset):
@@ -271,24 +284,56 @@ def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack], dataset: A
     return tuple(sorted(set(epsilons)))
 
 
-def _names(attacks: Sequence[Attack]) -> list[str]:
+def _names(attacks: Sequence[Attack | Ensemble]) -> list[str]:
     """A short name for each attack: the method, its steps, and whatever is needed to tell them apart."""
     names = [a.name + (f"-{a.steps}" if isinstance(a, PGD) else "") for a in attacks]
     return [
-        n if names.count(n) == 1 else f"{n} ({a.norm}, {a.scope or 'example'}, #{i})"
+        n if names.count(n) == 1 or isinstance(a, Ensemble) else f"{n} ({a.norm}, {a.scope or 'example'}, #{i})"
         for i, (n, a) in enumerate(zip(names, attacks, strict=True))
     ]
 
 
-def _batches(dataset: Any, size: int, collate_fn: Any) -> Iterator[Mapping[str, Any]]:
+def batches_of(dataset: Any, size: int, collate_fn: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:
+    """The examples of a data set that have a label, in order, collated; `seed` is of what that draws, such as masks."""
     if collate_fn is None:
         from transformers import default_data_collator as collate_fn
     examples = iter(dataset) if _is_stream(dataset) else (dataset[i] for i in range(len(dataset)))
-    while chunk := list(islice(examples, size)):
-        batch = collate_fn(chunk)
-        if "labels" not in batch:
+    for number in count():
+        chunk = list(islice(examples, size))
+        if not chunk:
+            return
+        with _seeded(seed + number):
+            batch = collate_fn(chunk)
+        if not {"labels", "start_positions"} & set(batch):
             raise ValueError(f"Robustness needs `labels` in every batch; found {', '.join(batch)}.")
-        yield batch
+        labelled = _labelled(batch)
+        if labelled is None or labelled.all():
+            yield batch
+        elif labelled.any():
+            yield rows_of(batch, labelled.nonzero().flatten(), len(labelled))
+
+
+def _labelled(batch: Mapping[str, Any]) -> Tensor | None:
+    """Which examples have a label; None where each has."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.dim():
+        return None
+    return (labels != IGNORED).view(len(labels), -1).any(1)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global random numbers of a CPU start from a seed, and are as before afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _is_stream(dataset: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Accuracy over epsilon as a figure."""
+"""Accuracy over epsilon as a figure, and as a table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .evaluate import RobustnessReport
+from .report import RobustnessReport
 
 
-def plot_robustness(reports: Mapping[str, RobustnessReport], path: str | Path | None = None, title: str = "") -> Any:
-    """Accuracy over epsilon: one panel an attack, one line a model.
+def plot_robustness(
+    reports: Mapping[str, RobustnessReport],
+    path: str | Path | None = None,
+    title: str = "",
+    attack: str | None = None,
+) -> Any:
+    """Accuracy over epsilon: one panel an attack, one line a model, accuracies with their 95 % intervals as bands.
 
     Args:
         reports: by the model's name, its report; all on the same grid and attacks.
         path: where to write the picture; None to write none.
         title: above the picture.
+        attack: the one attack to draw, with noise, where there is a row of it, as a thin line; None for a panel each.
 
     Returns:
         The matplotlib figure.
@@ -24,20 +30,48 @@ def plot_robustness(reports: Mapping[str, RobustnessReport], path: str | Path | 
     from matplotlib.figure import Figure
 
     first = next(iter(reports.values()))
-    figure = Figure(figsize=(3.6 * len(first.scores) + 0.6, 3.6), layout="constrained")
+    attacks = list(first.scores) if attack is None else [attack]
+    figure = Figure(figsize=(3.6 * len(attacks) + (0.6 if attack is None else 1.8), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(first.scores), sharey=True, squeeze=False)[0]
-    for axis, attack in zip(axes, first.scores, strict=True):
+    axes = figure.subplots(1, len(attacks), sharey=True, squeeze=False)[0]
+    for axis, shown in zip(axes, attacks, strict=True):
         for name, report in reports.items():
-            axis.plot((0.0, *report.epsilons), (report.clean, *report.scores[attack]), marker="o", label=name)
-        axis.set_title(attack)
+            grid = (0.0, *report.epsilons)
+            (line,) = axis.plot(grid, (report.clean, *report.scores[shown]), marker="o", label=name)
+            if report.is_share:
+                low, high = zip(*report.intervals(), *report.intervals(shown), strict=True)
+                axis.fill_between(grid, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            if attack is not None and "noise" in report.scores:
+                noise = (report.clean, *report.scores["noise"])
+                axis.plot(grid, noise, color=line.get_color(), linewidth=0.8, linestyle="--", label=f"{name}, noise")
+        axis.set_title(shown)
         axis.set_xlabel("epsilon (L2 norm per example)")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(first.metric.replace("_", " "))
-    if first.metric == "accuracy":
+    if first.is_share:
         axes[0].set_ylim(0, 1)
     axes[-1].legend()
     figure.suptitle(title)
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
+
+
+def print_robustness(report: RobustnessReport) -> None:
+    """Prints a table: a row an attack, a column an epsilon, accuracies with their 95 % intervals. Needs rich."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report.metric.replace('_', ' ')} of {report.examples} examples")
+    for head in ("attack", "clean", *(f"epsilon {e:g}" for e in report.epsilons)):
+        table.add_column(head, justify="left" if head == "attack" else "right")
+    for attack, scores in report.scores.items():
+        cells = [f"{score:.4f}" for score in (report.clean, *scores)]
+        if report.is_share:
+            bounds = [*report.intervals(), *report.intervals(attack)]
+            cells = [f"{cell} ({low:.3f}-{high:.3f})" for cell, (low, high) in zip(cells, bounds, strict=True)]
+        table.add_row(attack, *cells)
+        for name, rows in report.further.items():
+            figures = (report.clean_further[name], *rows[attack])
+            table.add_row(f"  {name.replace('_', ' ')}", *(f"{figure:.4f}" for figure in figures))
+    Console().print(table, *(f"Masked gradients? {sign}" for sign in report.masking), sep="\n")

@@ -1,0 +1,255 @@
+"""Tasks other than one label an example, against a loop that attacks one example at a time."""
+
+import math
+import random
+
+import pytest
+import reference
+import torch
+import transformers
+from models import batches, padded_data, tiny
+from test_robustness import measure, ten_steps
+from torch.nn.functional import cross_entropy
+
+from fgm_trainer import FGM, PGD
+from fgm_trainer.robustness import compare, smallest_epsilons
+from fgm_trainer.robustness.tasks import entities
+
+GRID = (0.1, 0.4)
+TAGS = ["O", "B-place", "I-place", "B-person", "I-person"]
+KINDS = ["several", "tags", "spans", "masked", "causal", "seq2seq", "numbers"]
+
+
+def model_of(kind):
+    heads = {"tags": "TokenClassification", "spans": "QuestionAnswering", "masked": "MaskedLM"}
+    if kind == "causal":
+        return headed("llama", "LlamaForCausalLM")
+    if kind == "seq2seq":
+        return tiny("bart")
+    if kind == "several":
+        return tiny("bert", problem_type="multi_label_classification")
+    if kind == "numbers":
+        return tiny("bert", classes=2, problem_type="regression")
+    model = headed("bert", f"BertFor{heads[kind]}", classes=2 if kind == "spans" else 5)
+    if kind == "tags":
+        model.config.id2label = dict(enumerate(TAGS))
+    return model
+
+
+def headed(name, head, **settings):
+    base = tiny(name, **settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, head)(base.config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.3)
+    return model
+
+
+def clean_logits(model, batch):
+    with torch.no_grad():
+        outputs = model(**batch)
+    names = ("start_logits", "end_logits") if "start_logits" in outputs else ("logits",)
+    return [outputs[name][0] for name in names]
+
+
+def data_of(kind, model, size=12):
+    """Labels that the model gets right, for the most part, so that there is something to lose."""
+    data = padded_data(model, size=size)
+    drawn = random.Random(0)
+    if kind == "seq2seq":
+        return data
+    for number, example in enumerate(data):
+        there = sum(example["attention_mask"])
+        example.pop("labels")
+        (batch,) = batches([example], 1)
+        logits = clean_logits(model, batch)
+        if kind == "several":
+            example["labels"] = [float(x > 0) for x in logits[0].tolist()]
+            if number % 4 == 0:
+                example["labels"][0] = 1 - example["labels"][0]
+        elif kind == "numbers":
+            example["labels"] = [x + drawn.gauss(0, 0.1) for x in logits[0].tolist()]
+        elif kind == "tags":
+            example["labels"] = [-100, *logits[0].argmax(-1)[1:there].tolist(), *[-100] * (10 - there)]
+            if number % 4 == 0:
+                example["labels"][1] = (example["labels"][1] + 1) % 5
+        elif kind == "spans":
+            start = logits[0][:there].argmax().item()
+            example["start_positions"] = start
+            end = start + logits[1][start:there].argmax().item()
+            example["end_positions"] = min(end + (number % 4 == 0), there - 1)
+        else:
+            ids = example["input_ids"]
+            example["labels"] = [i if here else -100 for i, here in zip(ids, example["attention_mask"], strict=True)]
+    return data
+
+
+# The same figures, by hand --------------------------------------------------------------------------------------------
+
+
+def loss_of(model, batch, **inputs):
+    labels = {k: batch[k] for k in ("labels", "start_positions", "end_positions") if k in batch}
+    return model(**{**inputs, **labels}).loss
+
+
+def judged(kind, logits, batch):
+    """(right, error, what to count)."""
+    if "labels" in batch:
+        labels = batch["labels"][0]
+    if kind == "several":
+        wrong = [(x > 0) != (y == 1) for x, y in zip(logits[0].tolist(), labels.tolist(), strict=True)]
+        pairs = [(x > 0, y == 1) for x, y in zip(logits[0].tolist(), labels.tolist(), strict=True)]
+        return not any(wrong), sum(wrong) / len(wrong), pairs
+    if kind == "numbers":
+        return True, ((logits[0] - labels) ** 2).mean().item(), None
+    if kind == "tags":
+        pairs = [(x.argmax().item(), y) for x, y in zip(logits[0], labels.tolist(), strict=True) if y != -100]
+        wrong = sum(a != b for a, b in pairs)
+        return wrong == 0, wrong / len(pairs), pairs
+    if kind == "spans":
+        size = len(logits[0])
+        spans = [(i, j) for i in range(size) for j in range(i, size)]
+        best = max(spans, key=lambda span: logits[0][span[0]].item() + logits[1][span[1]].item())
+        true = batch["start_positions"].item(), batch["end_positions"].item()
+        one, other = (set(range(a, b + 1)) for a, b in (best, true))
+        return best == true, 1 - 2 * len(one & other) / (len(one) + len(other)), None
+    if kind == "causal":
+        logits, labels = [logits[0][:-1]], labels[1:]
+    keep = labels != -100
+    return True, cross_entropy(logits[0][keep], labels[keep]).item(), int(keep.sum())
+
+
+def f1(pairs):
+    hits = sum(a and b for a, b in pairs)
+    return 2 * hits / (sum(a for a, _ in pairs) + sum(b for _, b in pairs))
+
+
+def tags_f1(sentences):
+    named = [tuple(entities([TAGS[pair[side]] for pair in pairs]) for side in (0, 1)) for pairs in sentences]
+    return 2 * sum(len(a & b) for a, b in named) / sum(len(a) + len(b) for a, b in named)
+
+
+def by_hand(kind, outcomes):
+    """Every figure of the outcomes of a data set."""
+    right, error, counted = (list(values) for values in zip(*outcomes, strict=True))
+    size = len(outcomes)
+    if kind == "several":
+        return {"accuracy": sum(right) / size, "f1": f1([pair for pairs in counted for pair in pairs])}
+    if kind == "numbers":
+        return {"squared_error": sum(error) / size}
+    if kind == "tags":
+        tokens = [pair for pairs in counted for pair in pairs]
+        of_tokens = sum(a == b for a, b in tokens) / len(tokens)
+        return {"accuracy": sum(right) / size, "token_accuracy": of_tokens, "entity_f1": tags_f1(counted)}
+    if kind == "spans":
+        return {"exact_match": sum(right) / size, "f1": 1 - sum(error) / size}
+    loss = sum(e * n for e, n in zip(error, counted, strict=True)) / sum(counted)
+    return {"loss": loss, "perplexity": math.exp(loss)}
+
+
+def attacked(kind, model, batch, delta):
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
+    if kind == "seq2seq":
+        inputs["labels"] = batch["labels"]
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids")) + delta * batch["attention_mask"][:, :, None]
+    return clean_logits(model, inputs | {"inputs_embeds": embeds})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("attack", "plain"), [(FGM(), reference.fgm), (PGD(steps=10), ten_steps)], ids=["fgm", "pgd"])
+def test_every_figure_is_the_one_of_a_plain_loop(kind, attack, plain):
+    model = model_of(kind)
+    data = data_of(kind, model)
+    report = measure(model, data, [attack], GRID, batch_size=5)
+    rows = [[] for _ in range(1 + len(GRID))]
+    for batch in batches(data, 1):
+        place = reference.AtInput(model, "example", loss_of)
+        place.moved = lambda batch, delta: delta * batch["attention_mask"][:, :, None]
+        zero = torch.zeros(*batch["input_ids"].shape, model.get_input_embeddings().weight.shape[1]).double()
+        now = judged(kind, attacked(kind, model, batch, zero), batch)
+        rows[0].append(now)
+        for number, epsilon in enumerate(GRID):
+            then = judged(kind, attacked(kind, model, batch, plain(place, batch, epsilon, "l2")), batch)
+            worse = then if then[1] > now[1] else now
+            now = (now[0] and then[0], *worse[1:])
+            rows[1 + number].append(now)
+    clean, *under_attack = [by_hand(kind, row) for row in rows]
+    (name,) = report.scores
+    assert {report.metric: report.clean, **report.clean_further} == pytest.approx(clean, rel=1e-4)
+    assert report.metric == next(iter(clean))
+    for i, figures in enumerate(under_attack):
+        found = {report.metric: report.scores[name][i], **{k: v[name][i] for k, v in report.further.items()}}
+        assert found == pytest.approx(figures, rel=1e-4)
+    assert report.clean != report.scores[name][-1]
+    assert report.metrics()[f"robust_{name}_0.4"] == report.scores[name][-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_strong_evaluation_is_at_least_as_hard(kind):
+    """And the two models of a comparison differ by nothing from themselves."""
+    model = model_of(kind)
+    data = data_of(kind, model, size=6)
+    report = measure(model, data, "strong", (0.2,))
+    rises = report.metric in ("loss", "squared_error")
+    worst, others = report.scores["strong"][0], [row[0] for row in report.scores.values()]
+    assert worst == (max if rises else min)(others)
+    assert len(report.rows()) == 6
+    if report.fell is None:
+        with pytest.raises(ValueError, match="Only reports that say where each example fell"):
+            compare(report, report)
+        with pytest.raises(ValueError, match="Intervals are of shares"):
+            report.intervals()
+    else:
+        assert all(difference.difference == 0 for difference in compare(report, report))
+        assert report.intervals("strong")[0][0] <= worst <= report.intervals("strong")[0][1]
+
+
+def test_the_margin_of_tags_is_the_sum_over_the_labelled_tokens():
+    from fgm_trainer.robustness.ensemble import margin, margin_loss
+
+    model = model_of("tags")
+    (batch,) = batches(data_of("tags", model, size=4), 4)
+    loss, outputs = margin_loss()(model, batch)
+    keep = batch["labels"] != -100
+    assert 0 < keep.sum() < keep.numel()
+    assert loss.item() == pytest.approx(margin(outputs.logits[keep], batch["labels"][keep]).sum().item())
+
+
+@pytest.mark.parametrize("kind", ["several", "tags", "spans"])
+def test_the_radius_is_where_the_answer_turns_wrong(kind):
+    model = model_of(kind)
+    data = data_of(kind, model)
+    radii = smallest_epsilons(model, data, FGM(), largest=1.0, progress=False)
+    report = measure(model, data, [FGM()], (0.25, 0.5, 1.0))
+    assert radii.accuracy(0) == report.clean
+    assert sum(0 < radius < 1 for radius in radii.radii) > 0
+    assert radii.accuracy(0.999) == report.scores["fgm"][-1]
+
+
+def test_a_radius_of_a_language_model_is_refused():
+    model = model_of("causal")
+    with pytest.raises(ValueError, match="where loss is measured there is none"):
+        smallest_epsilons(model, data_of("causal", model, size=2), progress=False)
+
+
+def test_labels_without_names_of_entities_have_no_f1_of_entities():
+    model = model_of("tags")
+    model.config.id2label = {i: f"LABEL_{i}" for i in range(5)}
+    report = measure(model, data_of("tags", model, size=4), [FGM()], (0.1,))
+    assert set(report.further) == {"token_accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("B-a I-a O B-b", {("a", 0, 2), ("b", 3, 4)}),
+        ("I-a I-a I-b", {("a", 0, 2), ("b", 2, 3)}),
+        ("B-a B-a", {("a", 0, 1), ("a", 1, 2)}),
+        ("S-a B-a I-a E-a I-a", {("a", 0, 1), ("a", 1, 4), ("a", 4, 5)}),
+        ("O O", set()),
+    ],
+)
+def test_entities_are_read_as_conlleval_reads_them(tags, expected):
+    assert entities(tags.split()) == expected

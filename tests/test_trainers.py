@@ -1,0 +1,332 @@
+"""Trainers of other libraries, the real ones: trl and sentence-transformers.
+
+`python tests/test_trainers.py` prints the table of docs/trainers.md.
+"""
+
+import gc
+import math
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForSequenceClassification as LlamaReward
+
+from fgm_trainer import FGM, PGD, SMART, VAT, AdversarialTrainerMixin, PartialFGM
+
+pytestmark = [
+    pytest.mark.slow,
+    # Of trl, on what it will rename, and of datasets and multiprocess.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+PAGE = Path(__file__).parents[1] / "docs" / "trainers.md"
+WORDS = [
+    "a",
+    "short",
+    "long",
+    "sentence",
+    "number",
+    "about",
+    "nothing",
+    "yes",
+    "no",
+    "never",
+    "say",
+    "is",
+    "it",
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+]
+TEXTS = [f"a {'short' if i % 2 else 'long'} sentence about number {WORDS[-1 - i % 8]}" for i in range(8)]
+SAID = [{"prompt": f"say {WORDS[-1 - i]}", "chosen": f"yes {WORDS[-1 - i]}", "rejected": "no never"} for i in range(8)]
+PAIRS = [{"anchor": text, "positive": f"is it {text}"} for text in TEXTS]
+SCORED = [{"sentence1": text, "sentence2": "is it so", "score": (i % 5) / 5} for i, text in enumerate(TEXTS)]
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def adversarial(kind):
+    return type(f"Adversarial{kind.__name__}", (AdversarialTrainerMixin, kind), {})
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return made_world(tmp_path_factory.mktemp("trainers"))
+
+
+def made_world(folder):
+    """A folder with a tokenizer, a language model, a reward model and an encoder."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, "so", "#", ".", *WORDS]))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), eos_token="[SEP]")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    torch.manual_seed(0)
+    size = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    llama = LlamaConfig(**size, **SIZES, num_key_value_heads=2)
+    bert = BertConfig(vocab_size=len(tokenizer), **SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    models = {"llama": LlamaForCausalLM(llama), "encoder": BertModel(bert)}
+    llama.num_labels = 1
+    models["reward"] = LlamaReward(llama)
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def of_trl(name, world, attack, *, data, model="llama", module=None, settings=None, **more):
+    import trl
+
+    source = trl if module is None else __import__(f"trl.experimental.{module}", fromlist=[name])
+    kind, config = getattr(source, f"{name}Trainer"), getattr(source, f"{name}Config")
+    loaded = (LlamaReward if model == "reward" else LlamaForCausalLM).from_pretrained(world / model)
+    args = config(**common(world), bf16=False, **settings or {})
+    tokenizer = BertTokenizerFast.from_pretrained(world / model)
+    more |= {"model": loaded, "args": args, "train_dataset": Dataset.from_list(data), "processing_class": tokenizer}
+    return made(kind, attack, more)
+
+
+def of_sentences(loss, world, attack, *, data, cross=False):
+    import sentence_transformers as st
+
+    torch.manual_seed(0)
+    if cross:
+        from sentence_transformers import cross_encoder
+
+        kind, config = cross_encoder.CrossEncoderTrainer, cross_encoder.CrossEncoderTrainingArguments
+        model = st.CrossEncoder(str(world / "encoder"), num_labels=1, device="cpu")
+    else:
+        kind, config = st.SentenceTransformerTrainer, st.SentenceTransformerTrainingArguments
+        model = st.SentenceTransformer(str(world / "encoder"), device="cpu")
+    data = {k: Dataset.from_list(v) for k, v in data.items()} if isinstance(data, dict) else Dataset.from_list(data)
+    more = {"model": model, "args": config(**common(world)), "train_dataset": data, "loss": loss(model)}
+    return made(kind, attack, more)
+
+
+def made(kind, attack, given):
+    """The trainer, plain where there is no attack."""
+    return kind(**given) if attack is None else adversarial(kind)(**given, attack=attack)
+
+
+def common(world):
+    plain = {
+        "max_steps": 1,
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+    }
+    plain |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    return plain | {"output_dir": str(world / "out"), "per_device_train_batch_size": 4, "dataloader_pin_memory": False}
+
+
+def losses():
+    from sentence_transformers import losses as known
+
+    return known
+
+
+TEXT = [{"text": text} for text in TEXTS]
+COMPLETED = [{"prompt": row["prompt"], "completion": f" {row['chosen']}"} for row in SAID]
+JUDGED = [row | {"label": i % 2 == 0} for i, row in enumerate(COMPLETED)]
+LORA = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+TRAINERS = {
+    "trl `SFTTrainer`": lambda w, a: of_trl("SFT", w, a, data=TEXT),
+    "trl `SFTTrainer`, packed": lambda w, a: of_trl(
+        "SFT", w, a, data=TEXT, settings={"packing": True, "max_length": 16}
+    ),
+    "trl `SFTTrainer`, packed, wrapped": lambda w, a: of_trl(
+        "SFT", w, a, data=TEXT, settings={"packing": True, "max_length": 16, "packing_strategy": "wrapped"}
+    ),
+    "trl `SFTTrainer`, prompt and completion": lambda w, a: of_trl("SFT", w, a, data=COMPLETED),
+    "trl `SFTTrainer`, gradient checkpointing": lambda w, a: of_trl("SFT", w, a, data=TEXT, settings=CHECKPOINTING),
+    "trl `SFTTrainer`, LoRA": lambda w, a: of_trl("SFT", w, a, data=TEXT, **LORA),
+    "trl `DPOTrainer`": lambda w, a: of_trl("DPO", w, a, data=SAID),
+    "trl `DPOTrainer`, LoRA": lambda w, a: of_trl("DPO", w, a, data=SAID, **LORA),
+    "trl `KTOTrainer`": lambda w, a: of_trl("KTO", w, a, data=JUDGED),
+    "trl `ORPOTrainer`": lambda w, a: of_trl("ORPO", w, a, data=SAID, module="orpo"),
+    "trl `CPOTrainer`": lambda w, a: of_trl("CPO", w, a, data=SAID, module="cpo"),
+    "trl `RewardTrainer`": lambda w, a: of_trl("Reward", w, a, data=SAID, model="reward"),
+    "`SentenceTransformerTrainer`, in-batch negatives": lambda w, a: of_sentences(
+        lambda m: losses().MultipleNegativesRankingLoss(m), w, a, data=PAIRS
+    ),
+    "`SentenceTransformerTrainer`, cosine similarity": lambda w, a: of_sentences(
+        lambda m: losses().CosineSimilarityLoss(m), w, a, data=SCORED
+    ),
+    "`SentenceTransformerTrainer`, Matryoshka": lambda w, a: of_sentences(
+        lambda m: losses().MatryoshkaLoss(m, losses().MultipleNegativesRankingLoss(m), [16, 8]), w, a, data=PAIRS
+    ),
+    "`SentenceTransformerTrainer`, two data sets": lambda w, a: of_sentences(
+        lambda m: {"a": losses().MultipleNegativesRankingLoss(m), "b": losses().CosineSimilarityLoss(m)},
+        w,
+        a,
+        data={"a": PAIRS, "b": SCORED},
+    ),
+    "`SentenceTransformerTrainer`, gradient caching": lambda w, a: of_sentences(
+        lambda m: losses().CachedMultipleNegativesRankingLoss(m, mini_batch_size=2), w, a, data=PAIRS
+    ),
+    "`CrossEncoderTrainer`": lambda w, a: of_sentences(cross_entropy, w, a, data=SCORED, cross=True),
+}
+
+
+def cross_entropy(model):
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+    return BinaryCrossEntropyLoss(model)
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def step(make, world, attack):
+    """What a step adds to the weights."""
+    torch.manual_seed(1)
+    trainer = make(world, attack)
+    before = parameters(trainer)
+    trainer.train()
+    return {name: p - before[name] for name, p in parameters(trainer).items()}, trainer
+
+
+def difference(name, world):
+    """Between a step at epsilon 1e-8 and twice the stock step, relative to the longest change of a weight."""
+    stock, _ = step(TRAINERS[name], world, None)
+    found, _ = step(TRAINERS[name], world, FGM(epsilon=1e-8, scope="example"))
+    assert stock.keys() == found.keys()
+    largest = max(2 * change.abs().max().item() for change in stock.values())
+    assert largest > 0
+    return max((found[key] - 2 * stock[key]).abs().max().item() for key in stock) / largest
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_without_a_perturbation_a_step_is_twice_the_stock_step(name, world):
+    assert difference(name, world) < 1e-4
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_an_attack_is_seen_and_logged(name, world):
+    stock, _ = step(TRAINERS[name], world, None)
+    # The losses of sentences are steep.
+    epsilon = 0.01 if "Sentence" in name else 0.5
+    found, trainer = step(TRAINERS[name], world, FGM(epsilon=epsilon, scope="example"))
+    largest = max(2 * change.abs().max().item() for change in stock.values())
+    assert max((found[key] - 2 * stock[key]).abs().max().item() for key in stock) > 1e-3 * largest
+    (line,) = [line for line in trainer.state.log_history if "adv_loss" in line]
+    assert line["adv_loss"] > line["loss"]
+    assert line["adv_delta_norm"] == pytest.approx(epsilon, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["trl `DPOTrainer`", "trl `DPOTrainer`, LoRA"])
+def test_the_reference_model_of_a_preference_is_not_perturbed(name, world):
+    """It says what the model was like before training, which an attack does not change."""
+    trainer = TRAINERS[name](world, FGM(epsilon=5.0, scope="example"))
+    # With LoRA the reference is the model itself, its adapter switched off.
+    reference = getattr(trainer, "ref_model", None) or trainer.model
+    last = [m for path, m in reference.named_modules() if path.endswith("model.layers.1")][-1]
+    seen = {True: [], False: []}
+    last.register_forward_hook(
+        lambda module, args, output: seen[torch.is_grad_enabled()].append(
+            (output[0] if isinstance(output, tuple) else output).detach().clone()
+        )
+    )
+    trainer.train()
+    clean, attacked = seen[False]
+    assert torch.equal(clean, attacked)
+    if "LoRA" in name:
+        clean, attacked = seen[True]
+        assert (clean - attacked).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("path", ["model.layers.1", "*.model.layers.1"])
+def test_a_path_that_is_right_for_the_model_is_right_under_lora(path, world):
+    lora = TRAINERS["trl `SFTTrainer`, LoRA"](world, None).model
+    trainer = adversarial(type(TRAINERS["trl `SFTTrainer`, LoRA"](world, None)))(
+        model=lora,
+        args=TRAINERS["trl `SFTTrainer`"](world, None).args,
+        train_dataset=Dataset.from_list(TEXT),
+        processing_class=BertTokenizerFast.from_pretrained(world / "llama"),
+        attack=FGM(epsilon=0.5, scope="example"),
+        target=path,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["adv_delta_norm"] == pytest.approx(0.5, rel=1e-3)
+
+
+REFUSED = {
+    "trl `SFTTrainer`, method `vat`": (lambda w: TRAINERS["trl `SFTTrainer`"](w, VAT()), "outputs that have no graph"),
+    "`SentenceTransformerTrainer`, method `smart`": (
+        lambda w: TRAINERS["`SentenceTransformerTrainer`, cosine similarity"](w, SMART()),
+        "compares the model's outputs, and there are none beside the loss",
+    ),
+    "`SentenceTransformerTrainer`, gradient caching, method `pgd`": (
+        lambda w: TRAINERS["`SentenceTransformerTrainer`, gradient caching"](w, PGD()),
+        "runs the model again in its backward pass",
+    ),
+    "trl `GRPOTrainer`": (
+        lambda w: of_trl("GRPO", w, FGM(), data=SAID, reward_funcs=len, settings={"num_generations": 2}),
+        "GRPOTrainer counts its training steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_not_be_attacked_is_refused_by_name(name, world):
+    make, says = REFUSED[name]
+    trainer = make(world)
+    with pytest.raises((ValueError, RuntimeError), match=says):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["trl `DPOTrainer`", "`SentenceTransformerTrainer`, cosine similarity"])
+def test_a_part_of_the_batch(name, world):
+    _, trainer = step(TRAINERS[name], world, PartialFGM(epsilon=0.5))
+    assert trainer.state.log_history[0]["adv_delta_norm"] > 0
+
+
+def test_a_script_as_it_is(world):
+    """Classes that were imported before, and plain arguments."""
+    import fgm_trainer
+
+    # The classes that other tests have made of these.
+    gc.collect()
+    with fgm_trainer.patch(adv_epsilon=0.5, adv_warmup=0.0, adv_scope="example") as patched:
+        for name in ("trl `SFTTrainer`", "`CrossEncoderTrainer`"):
+            trainer = TRAINERS[name](world, None)
+            trainer.train()
+            assert trainer.state.log_history[0]["adv_delta_norm"] == pytest.approx(0.5, rel=1e-3)
+    assert patched.trainers == ["SFTTrainer", "CrossEncoderTrainer"]
+    assert patched.steps == 2
+    _, trainer = step(TRAINERS["trl `SFTTrainer`"], world, None)
+    assert "adv_loss" not in trainer.state.log_history[0]
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+def table(world):
+    lines = ["| trainer | a step at epsilon 1e-8 beside twice the stock step |", "|---|---|"]
+    for name in TRAINERS:
+        found = difference(name, world)
+        lines.append(f"| {name} | below 1e{math.ceil(math.log10(max(found, 1e-6)))} |")
+    return "\n".join([*lines, *(f"| {name} | refused |" for name in REFUSED)])
+
+
+def test_the_page_lists_what_is_tested():
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert set(rows) - {"trainer"} == {*TRAINERS, *REFUSED}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(table(made_world(Path(tempfile.mkdtemp()))))
