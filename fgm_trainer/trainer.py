@@ -158,7 +158,8 @@ class AdversarialTrainerMixin(_Base):
         Raises:
             ValueError: there is no data set, or what `robustness.evaluate_robustness` refuses.
         """
-        from .robustness import evaluate_robustness
+        from .robustness import evaluate_embedder, evaluate_robustness
+        from .robustness.embedders import is_embedder
 
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -171,7 +172,10 @@ class AdversarialTrainerMixin(_Base):
             raise ValueError("evaluate_robustness needs a data set: pass eval_dataset here or to the Trainer.")
         if isinstance(dataset, Mapping):
             return {name: self.evaluate_robustness(one, **kwargs) for name, one in dataset.items()}
-        collate, plan = kwargs.pop("collate_fn", self.data_collator), self._plan()
+        model, plan = self._on_its_device(), self._plan()
+        collate = kwargs.pop("collate_fn", self.data_collator)
+        if not is_embedder(model):
+            collate = self._get_collator_with_removed_columns(collate, description="evaluation")
         own_parts: dict[str, Any] = {
             "batch_size": self.args.eval_batch_size,
             # A model that was trained on perturbed weights is evaluated on perturbed inputs.
@@ -180,9 +184,10 @@ class AdversarialTrainerMixin(_Base):
             "clip": plan.clip,
             "progress": not self.args.disable_tqdm,
             "seed": self.args.seed,
-            "collate_fn": self._get_collator_with_removed_columns(collate, description="evaluation"),
+            "collate_fn": collate,
         }
-        return evaluate_robustness(self._on_its_device(), dataset, **own_parts | kwargs)
+        evaluate: Any = evaluate_embedder if is_embedder(model) else evaluate_robustness
+        return evaluate(model, dataset, **own_parts | kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, with a section that names the attack and its settings."""

@@ -48,7 +48,7 @@ INSIDE = {
         "targets",
     ],
     "engine": ["schedule", "dropout", "accelerate", "running_pass", "driver", "guessing", "controller", "kept"],
-    "robustness": ["tasks", "report", "ensemble", "evaluate", "radius", "text", "plotting"],
+    "robustness": ["tasks", "report", "ensemble", "foolbox", "evaluate", "embedders", "radius", "text", "plotting"],
 }
 
 

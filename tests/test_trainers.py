@@ -265,10 +265,6 @@ def test_a_path_that_is_right_for_the_model_is_right_under_lora(path, world):
 
 REFUSED = {
     "trl `SFTTrainer`, method `vat`": (lambda w: TRAINERS["trl `SFTTrainer`"](w, VAT()), "outputs that have no graph"),
-    "`SentenceTransformerTrainer`, method `smart`": (
-        lambda w: TRAINERS["`SentenceTransformerTrainer`, cosine similarity"](w, SMART()),
-        "compares the model's outputs, and there are none beside the loss",
-    ),
     "`SentenceTransformerTrainer`, gradient caching, method `pgd`": (
         lambda w: TRAINERS["`SentenceTransformerTrainer`, gradient caching"](w, PGD()),
         "runs the model again in its backward pass",
@@ -286,6 +282,50 @@ def test_what_can_not_be_attacked_is_refused_by_name(name, world):
     trainer = make(world)
     with pytest.raises((ValueError, RuntimeError), match=says):
         trainer.train()
+
+
+COMPARED = ["`SentenceTransformerTrainer`, in-batch negatives", "`CrossEncoderTrainer`"]
+
+
+def compared(name, world, attack, steps):
+    """What the model gave in each pass, column by column; the trainer."""
+    torch.manual_seed(1)
+    trainer = TRAINERS[name](world, attack)
+    trainer.args.max_steps, trainer.args.learning_rate = steps, 0.1
+    given = []
+
+    def note(module, args, output):
+        given.append(next(output[key] for key in ("sentence_embedding", "scores") if key in output).detach().clone())
+
+    trainer.model.register_forward_hook(note)
+    trainer.train()
+    columns = 1 if "Cross" in name else 2
+    return [given[i : i + columns] for i in range(0, len(given), columns)], trainer
+
+
+def apart(name, one, other):
+    """The divergence: of embeddings one minus the cosine, of scores the square."""
+    if "Cross" in name:
+        return sum((a - b).square().mean() for a, b in zip(one, other, strict=True)).item()
+    return sum((1 - torch.cosine_similarity(a, b)).mean() for a, b in zip(one, other, strict=True)).item()
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_divergence_is_of_embeddings_or_scores(name, world):
+    (clean, noisy, moved), trainer = compared(name, world, VAT(epsilon=0.3, scope="example"), 1)
+    (line,) = [line for line in trainer.state.log_history if "adv_loss" in line]
+    assert line["adv_loss"] == pytest.approx(apart(name, clean, moved), rel=1e-3)
+    assert apart(name, clean, moved) > 10 * apart(name, clean, noisy) > 0
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_mean_of_earlier_weights_is_that_of_the_model_that_the_loss_holds(name, world):
+    attack = SMART(epsilon=0.1, steps=1, bregman=1.0, decay=0.5)
+    passes, _ = compared(name, world, attack, 3)
+    # Of each step: clean, one for the gradient, the perturbed one, that of earlier weights, and the last.
+    first, _, _, before, last = passes[10:]
+    torch.testing.assert_close(first, last)
+    assert apart(name, before, last) > 1e-6
 
 
 @pytest.mark.parametrize("name", ["trl `DPOTrainer`", "`SentenceTransformerTrainer`, cosine similarity"])

@@ -9,7 +9,7 @@ A loop says how one of its passes is made; the driver says which, and with what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.stateless import _reparametrize_module
 
 from ..attacks import Attack, ForwardPass, GradientPass, PassResult, Request, Step, TrainPass, run
 from ..perturbation.batches import cloned, examples_in, rows_of, versions_in
@@ -146,9 +147,7 @@ class _AttackedMicroBatch:
             batch, given = rows_of(batch, request.rows, size), rows_of(given, request.rows, size)
         if isinstance(request, GradientPass) and request.label is not None:
             batch = relabelled(batch, request.label, given)
-        called: nn.Module = model
-        if isinstance(request, ForwardPass) and request.weights:
-            called = _Reweighted(model, request.weights)
+        weights = request.weights if isinstance(request, ForwardPass) else {}
         running = self._new_pass(request, batch, gradient=isinstance(request, GradientPass))
         with ExitStack() as stack:
             stack.enter_context(self._masks.drawn(request.masks))
@@ -156,7 +155,10 @@ class _AttackedMicroBatch:
             stack.enter_context(driver.target.perturbed(running.forward_pass))
             stack.enter_context(_frozen_statistics(model))
             stack.enter_context(torch.enable_grad())
-            running.run(called)
+            if weights:
+                # Of the model itself, since a loss may hold it.
+                stack.enter_context(_reparametrize_module(model, dict(weights), tie_weights=True))
+            running.run(model)
         return self._result(running)
 
     def _evaluate(self, request: TrainPass, last: bool) -> PassResult | None:
@@ -213,23 +215,6 @@ class _RangeCheck:
             "them (processing_class=...), so that the range is normalised too, or write the range that the model "
             "is really given."
         )
-
-
-class _Reweighted(nn.Module):
-    """The model called with other weights; its own are not touched."""
-
-    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        # Not registered: this is no module of its own.
-        self.__dict__["_model"], self.__dict__["_weights"] = model, weights
-        self.__dict__["config"] = getattr(model, "config", None)
-
-    def train(self, mode: bool = True) -> _Reweighted:
-        self.__dict__["_model"].train(mode)
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self._model, dict(self._weights), args, kwargs)  # type: ignore[arg-type]
 
 
 def unit_of(name: str, model: nn.Module) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..attacks import ForwardPass, PassResult, Request, TrainPass
 from ..perturbation.batches import copied, examples_in
 from ..perturbation.calls import StepCalls
-from ..perturbation.divergence import Against, Outputs, detached, divergence, logits_of
+from ..perturbation.divergence import Against, Outputs, detached, divergence, embeddings_noted, logits_of
 from ..perturbation.target import Target
 from .accelerate import Engine
 from .dropout import random_state_kept
@@ -152,7 +153,7 @@ class RunningPass:
         _check_whole(self, batch)
         self._measuring, before = True, self._with_gradient()
         try:
-            with self.forward_pass.loss_of(batch):
+            with self.forward_pass.loss_of(batch), self._outputs_noted() as noted:
                 result = compute(copied(batch))
             _check_reached(self, compute, batch)
         finally:
@@ -163,7 +164,7 @@ class RunningPass:
         loss, self.outputs = result if isinstance(result, tuple) else (result, None)
         differentiated = loss
         if self.reads_outputs:
-            logits = logits_of(self.outputs)
+            logits = logits_of(self.outputs, noted)
             against = () if isinstance(self.request, ForwardPass) else self.request.against
             if against:
                 _check_graph(logits)
@@ -198,6 +199,9 @@ class RunningPass:
         gradient = tensor.gradient(self.scales.of_loss) if self.gradient else tensor.no_gradient()
         applied = None if self.is_clean else tensor.delta()
         return PassResult(units.only_tokens(gradient), units, self.loss, applied, self._logits, tensor.ids())
+
+    def _outputs_noted(self) -> AbstractContextManager[list[Tensor]]:
+        return embeddings_noted(self._shared.engine.model) if self.reads_outputs else nullcontext([])
 
     def _with_gradient(self) -> int:
         return sum(leaf.grad is not None for leaf in self.forward_pass.leaves)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from .geometry import widen
 Outputs = tuple[Tensor, ...]
 KINDS = ("kl", "symmetric")
 
+# The keys of what sentence-transformers' models return.
+_GIVEN_BY_SENTENCES = ("sentence_embedding", "scores")
 # What transformers' classes are named after: the task that a model is for.
 _TASK = re.compile(r"For[A-Z]|LMHead|DoubleHeads")
 # Heads whose logits at a position predict the label of the next one. `ForConditionalGeneration` is also the name of
@@ -38,7 +41,8 @@ class Against:
     """The divergence of a pass's outputs from outputs that are given and fixed.
 
     For distributions p (given) and q (the pass's): `kl` is KL(p || q), `symmetric` KL(p || q) + KL(q || p). Where the
-    model predicts a number both are (p - q)^2; where each class is a yes or no of its own, a sum over classes.
+    model predicts a number both are (p - q)^2; where each class is a yes or no of its own, a sum over classes; of a
+    text's embedding one minus the cosine.
 
     Args:
         outputs: the given logits, as an `PassResult` holds them.
@@ -51,8 +55,12 @@ class Against:
     weight: float = 1.0
 
 
-def logits_of(outputs: Any) -> Outputs:
+def logits_of(outputs: Any, noted: Sequence[Tensor] = ()) -> Outputs:
     """The logits among a model's outputs: those named so, else the first tensor of floats that is no single number.
+
+    Args:
+        outputs: what the loss comes with.
+        noted: what `embeddings_noted` has, which counts where the loss comes with nothing.
 
     Raises:
         ValueError: there are none.
@@ -63,13 +71,32 @@ def logits_of(outputs: Any) -> Outputs:
         for k, v in named.items()
         if isinstance(v, Tensor) and v.is_floating_point() and v.dim() and k != "loss"
     }
-    logits = [v for k, v in tensors.items() if k.endswith("logits")] or list(tensors.values())[:1]
+    logits = [v for k, v in tensors.items() if k.endswith("logits")] or list(tensors.values())[:1] or list(noted)
     if not logits:
         raise ValueError(
             "This method compares the model's outputs, and there are none beside the loss. Let compute_loss(..., "
             "return_outputs=True), or the loop's loss_of, return (loss, outputs) with `logits` among them."
         )
     return tuple(logits)
+
+
+@contextmanager
+def embeddings_noted(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, what a model of sentence-transformers gives with autograd, call by call: embeddings, or scores of pairs.
+
+    Its losses call it themselves, once for each column of texts, and return no outputs.
+    """
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and isinstance(output, Mapping):
+            found.extend(output[name] for name in _GIVEN_BY_SENTENCES if name in output)
+
+    handle = model.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def detached(outputs: Outputs) -> Outputs:
@@ -100,7 +127,7 @@ def divergence(outputs: Outputs, against: Sequence[Against], model: nn.Module, b
 
 
 def problem_of(logits: Tensor, model: nn.Module, batch: Mapping[str, Any]) -> str:
-    """What the logits are, one of the values of transformers' `config.problem_type`.
+    """What the logits are, one of the values of transformers' `config.problem_type`, or `embedding`.
 
     Where the configuration does not say, as transformers' heads find out: `regression` for one logit,
     `multi_label_classification` where each logit has a label of its own, else `single_label_classification`.
@@ -110,6 +137,8 @@ def problem_of(logits: Tensor, model: nn.Module, batch: Mapping[str, Any]) -> st
         model: the model.
         batch: the micro-batch with its labels.
     """
+    if any(kind.__name__ == "SentenceTransformer" for module in model.modules() for kind in type(module).__mro__):
+        return "embedding"
     said: str | None = _setting(model, "problem_type")
     if said is not None:
         return said
@@ -185,6 +214,9 @@ def _apart(now: Tensor, then: Tensor, kind: str, problem: str) -> Tensor:
     """The divergence of each example, or of each of its positions."""
     if problem == "regression":
         return (now - then).square().sum(-1)
+    if problem == "embedding":
+        # One minus the cosine, without its cancellation.
+        return (functional.normalize(now, dim=-1) - functional.normalize(then, dim=-1)).square().sum(-1) / 2
     if problem == "multi_label_classification":
         # Each class is a distribution of its own, over yes and no.
         now, then = torch.stack([now, -now], -1), torch.stack([then, -then], -1)

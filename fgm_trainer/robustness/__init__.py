@@ -1,10 +1,13 @@
 """How robust a model is."""
 
+from .embedders import evaluate_embedder
 from .ensemble import Ensemble, Member, strong
 from .evaluate import ATTACKS_TO_TRY, EPSILONS, evaluate_robustness
+from .foolbox import Foolbox
 from .plotting import plot_robustness, print_robustness
 from .radius import RadiusReport, smallest_epsilons
 from .report import Difference, RobustnessReport, compare
+from .tasks import Outcome, Task
 from .text import NearestTokens, TextReport, attack_texts, characters, print_texts
 
 __all__ = [
@@ -12,14 +15,18 @@ __all__ = [
     "EPSILONS",
     "Difference",
     "Ensemble",
+    "Foolbox",
     "Member",
     "NearestTokens",
+    "Outcome",
     "RadiusReport",
     "RobustnessReport",
+    "Task",
     "TextReport",
     "attack_texts",
     "characters",
     "compare",
+    "evaluate_embedder",
     "evaluate_robustness",
     "plot_robustness",
     "print_robustness",

@@ -23,18 +23,20 @@ from ..perturbation.batches import rows_of, without_column
 from ..perturbation.target import Target
 from ..perturbation.targets import find_target
 from .ensemble import Ensemble, LossOf, signs_of_masking, strong
+from .foolbox import Foolbox
 from .report import RobustnessReport
 from .tasks import IGNORED, Outcome, Task, rows_in, task_of
 
+AnyAttack = Attack | Ensemble | Foolbox
 ATTACKS_TO_TRY: tuple[Attack, ...] = (Noise(), FGM(), PGD(steps=10))
 EPSILONS = (0.1, 0.2, 0.4)
-PRESETS: dict[str, Callable[[], Sequence[Attack | Ensemble]]] = {"quick": lambda: ATTACKS_TO_TRY, "strong": strong}
+PRESETS: dict[str, Callable[[], Sequence[AnyAttack]]] = {"quick": lambda: ATTACKS_TO_TRY, "strong": strong}
 
 
 def evaluate_robustness(
     model: nn.Module,
     dataset: Any,
-    attacks: Sequence[Attack | Ensemble] | str = "quick",
+    attacks: Sequence[AnyAttack] | str = "quick",
     epsilons: Sequence[float] = EPSILONS,
     *,
     target: str | Target | None = None,
@@ -42,6 +44,7 @@ def evaluate_robustness(
     clip: tuple[Tensor, Tensor] | None = None,
     batch_size: int = 32,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    task: Task | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> RobustnessReport:
@@ -64,6 +67,7 @@ def evaluate_robustness(
         clip: the valid range of the target's tensor, two tensors that broadcast against it (`valid_range`).
         batch_size: examples a batch.
         collate_fn: makes a batch of a list of examples; None for transformers' `default_data_collator`.
+        task: what is measured, a `Task`; None for what the model's outputs show (`tasks`).
         seed: of whatever an attack draws; noise is drawn batch by batch, so it depends on `batch_size` too.
         progress: show a bar.
 
@@ -82,7 +86,7 @@ def evaluate_robustness(
     clean: list[Outcome] = []
     far: list[Tensor] = []
     labels: list[Tensor] = []
-    evaluation = Evaluation(model, place, unit_of(epsilon_unit, model), _columns(attacks))
+    evaluation = Evaluation(model, place, unit_of(epsilon_unit, model), _columns(attacks), task)
     with evaluating(model, place, clip):
         batches = batches_of(dataset, batch_size, collate_fn, seed)
         total = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
@@ -120,15 +124,18 @@ class Evaluation:
         place: its target, attached.
         unit: what epsilons are multiplied by.
         columns: of the data that only a targeted attack reads.
+        task: what is measured; None where the first batch shows it.
     """
 
-    def __init__(self, model: nn.Module, place: Target, unit: float, columns: set[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, place: Target, unit: float, columns: set[Any], task: Task | None = None
+    ) -> None:
         self._model, self._place, self._unit, self._columns = model, place, unit, columns
-        self._task: Task | None = None
+        self._task = task
 
     @property
     def task(self) -> Task:
-        """The kind of task, as the first batch shows it."""
+        """What is measured."""
         assert self._task is not None
         return self._task
 
@@ -140,17 +147,31 @@ class Evaluation:
         self._task = self._task or task_of(self._model, outputs, batch)
         return self._task.judge(outputs, batch)
 
-    def tried(
-        self, batch: Mapping[str, Any], attack: Attack | Ensemble, epsilon: float, now: Outcome, seed: int
-    ) -> Outcome:
+    def tried(self, batch: Mapping[str, Any], attack: AnyAttack, epsilon: float, now: Outcome, seed: int) -> Outcome:
         """The outcome at this epsilon: the examples that could be worse are attacked, the others stay as they are."""
         if epsilon == 0:
             return now
         if isinstance(attack, Attack):
             return self._after(batch, attack, epsilon, now, seed)
+        if isinstance(attack, Foolbox):
+            return self._after_foolbox(batch, attack, epsilon, now, seed)
         for number, (each, loss_of) in enumerate(attack.runs(self.task.classes)):
             now = self._after(batch, each, epsilon, now, seed + 1000 * number, loss_of, at_any_pass=True)
         return now
+
+    def _after_foolbox(
+        self, batch: Mapping[str, Any], attack: Foolbox, epsilon: float, now: Outcome, seed: int
+    ) -> Outcome:
+        standing, part = self._standing(batch, now, self._columns)
+        if not len(standing):
+            return now
+        outputs = attack.outputs(self._model, self._place, part, epsilon * self._unit, seed)
+        return now.with_rows(standing, now.rows(standing).worse_of(self.task.judge(outputs, part)))
+
+    def _standing(self, batch: Mapping[str, Any], now: Outcome, columns: set[Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The examples that could be worse, by number and as a batch without some columns."""
+        standing = (now.error < self.task.worst).nonzero().flatten()
+        return standing, rows_of({k: v for k, v in batch.items() if k not in columns}, standing, len(now.right))
 
     def _after(
         self,
@@ -162,11 +183,9 @@ class Evaluation:
         loss_of: LossOf | None = None,
         at_any_pass: bool = False,
     ) -> Outcome:
-        standing = (now.error < self.task.worst).nonzero().flatten()
+        standing, part = self._standing(batch, now, self._columns - {attack.targeted})
         if not len(standing):
             return now
-        others = self._columns - {attack.targeted}
-        part = rows_of({k: v for k, v in batch.items() if k not in others}, standing, len(now.right))
         scope = self._place.resolve_scope(attack.scope, "example")
         step = Step(epsilon * self._unit, seed, examples=len(standing))
         passes = passes_of(self._model, self._place, part, attack.in_units(self._unit), step, scope, loss_of)
@@ -252,26 +271,26 @@ def _report(
     )
 
 
-def _columns(attacks: Sequence[Attack | Ensemble]) -> set[Any]:
+def _columns(attacks: Sequence[AnyAttack]) -> set[Any]:
     """What the attacks are targeted at, columns of the data among it."""
-    each = [[a] if isinstance(a, Attack) else [member.attack for member in a.members] for a in attacks]
-    return {attack.targeted for some in each for attack in some}
+    members = [member.attack for a in attacks if isinstance(a, Ensemble) for member in a.members]
+    return {attack.targeted for attack in (*members, *(a for a in attacks if isinstance(a, Attack)))}
 
 
-def _by_name(attacks: Sequence[Attack | Ensemble] | str) -> Sequence[Attack | Ensemble]:
+def _by_name(attacks: Sequence[AnyAttack] | str) -> Sequence[AnyAttack]:
     if isinstance(attacks, str) and attacks not in PRESETS:
         raise ValueError(f"attacks is a list of attacks, or one of {', '.join(PRESETS)}; found {attacks!r}.")
     return PRESETS[attacks]() if isinstance(attacks, str) else attacks
 
 
-def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack | Ensemble], dataset: Any) -> tuple[float, ...]:
+def _check_grid(epsilons: Sequence[float], attacks: Sequence[AnyAttack], dataset: Any) -> tuple[float, ...]:
     problems = []
     epsilons = [float(e) for e in epsilons]
     if not attacks:
         problems.append("there is no attack: pass at least one, such as FGM().")
-    ensembles = [a.name for a in attacks if isinstance(a, Ensemble)]
-    if len(set(ensembles)) < len(ensembles):
-        problems.append(f"ensembles need names of their own; found {', '.join(ensembles)}.")
+    named = [a.name for a in attacks if not isinstance(a, Attack)]
+    if len(set(named)) < len(named):
+        problems.append(f"ensembles and attacks of foolbox need names of their own; found {', '.join(named)}.")
     bad = [e for e in epsilons if not 0 <= e < float("inf")]
     single = [a for a in attacks if isinstance(a, Attack)]
     problems += [f"{a.name} perturbs {a.default_target}, not inputs." for a in single if a.default_target == "weights"]
@@ -284,11 +303,11 @@ def _check_grid(epsilons: Sequence[float], attacks: Sequence[Attack | Ensemble],
     return tuple(sorted(set(epsilons)))
 
 
-def _names(attacks: Sequence[Attack | Ensemble]) -> list[str]:
+def _names(attacks: Sequence[AnyAttack]) -> list[str]:
     """A short name for each attack: the method, its steps, and whatever is needed to tell them apart."""
     names = [a.name + (f"-{a.steps}" if isinstance(a, PGD) else "") for a in attacks]
     return [
-        n if names.count(n) == 1 or isinstance(a, Ensemble) else f"{n} ({a.norm}, {a.scope or 'example'}, #{i})"
+        n if names.count(n) == 1 or not isinstance(a, Attack) else f"{n} ({a.norm}, {a.scope or 'example'}, #{i})"
         for i, (n, a) in enumerate(zip(names, attacks, strict=True))
     ]
 
@@ -357,22 +376,31 @@ def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module, place: Target, clip: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
-    """Eval mode, hooks and a valid range; every module's own mode, no hooks and the target's own range afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    before, called, own = place.model, place.called, place.clip
-    attached = before is model
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and every module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        place.clip = own if clip is None else clip
-        model.eval()
-        if not attached:
-            place.attach(model)
         yield
     finally:
-        place.clip = own
-        if not attached:
-            place.detach()
-            if before is not None:
-                place.attach(before, called)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module, place: Target, clip: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
+    """Eval mode, hooks and a valid range; every module's own mode, no hooks and the target's own range afterwards."""
+    before, called, own = place.model, place.called, place.clip
+    attached = before is model
+    with eval_mode(model):
+        try:
+            place.clip = own if clip is None else clip
+            if not attached:
+                place.attach(model)
+            yield
+        finally:
+            place.clip = own
+            if not attached:
+                place.detach()
+                if before is not None:
+                    place.attach(before, called)

@@ -97,7 +97,9 @@ class Classes(Task):
 
 
 class Numbers(Task):
-    """Regression: nothing falls, the squared error counts. Of one number an example Pearson's correlation too."""
+    """Regression: nothing falls, the squared error counts. Of one number an example Pearson's and Spearman's
+    correlation too.
+    """
 
     metric = "squared_error"
     worst = math.inf
@@ -117,7 +119,9 @@ class Numbers(Task):
         found = {self.metric: _mean([each.error for each in outcomes])}
         if labels[0].dim() == 1:
             pairs = torch.cat([torch.stack([o.prediction, of]) for o, of in zip(outcomes, labels, strict=True)], 1)
-            found["pearson"] = torch.corrcoef(pairs.double().cpu())[0, 1].item()
+            pairs = pairs.double().cpu()
+            found["pearson"] = torch.corrcoef(pairs)[0, 1].item()
+            found["spearman"] = torch.corrcoef(torch.stack([ranks(row) for row in pairs]))[0, 1].item()
         return found
 
 
@@ -294,6 +298,13 @@ def rows_in(task: Task, values: Sequence[Tensor], labels: Sequence[Tensor]) -> I
     """Example by example, as plain data."""
     for batch, of in zip(values, labels, strict=True):
         yield from (task.row(label, value) for label, value in zip(of, batch, strict=True))
+
+
+def ranks(values: Tensor) -> Tensor:
+    """The place of each value in ascending order, float64; equal ones share the mean of theirs."""
+    _, place, count = values.unique(return_inverse=True, return_counts=True)
+    mean: Tensor = count.cumsum(0) - (count - 1) / 2
+    return mean.double()[place]
 
 
 def _mean(values: Sequence[Tensor]) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..perturbation.lookups import input_embedding
-from .evaluate import bar
+from .evaluate import bar, eval_mode
 from .tasks import output
 
 # (word, random numbers) -> other words, best guesses first.
@@ -209,18 +209,13 @@ def attack_texts(
     """
     _check(texts, labels, before, {"most_changed": most_changed, "budget": budget, "beam": beam})
     firsts: Sequence[str | None] = [None] * len(texts) if before is None else before
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        results = []
+    results = []
+    with eval_mode(model):
         rows = zip(texts, labels, firsts, strict=True)
         for number, (text, label, first) in enumerate(bar(rows, progress, "texts", len(texts))):
             ask = _Oracle(model, tokenizer, first, max_length, batch_size, budget)
             search = _Search(ask, candidates, int(label), most_changed, beam, frozenset(keep))
             results.append(search.result(text, random.Random(f"{seed} {number}")))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return TextReport(tuple(results))
 
 
