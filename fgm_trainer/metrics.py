@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,3 +130,12 @@ class RunFigures:
         if not math.isfinite(logs.get("adv_loss", 0.0)):
             logger.warning(f"The adversarial loss is {logs['adv_loss']} in the steps up to {state.global_step}.")
         return logs
+
+
+def show_in_bar(trainer: Any, logs: Mapping[str, Any]) -> None:
+    """Puts the attack's figures behind the Trainer's progress bar, where there is one."""
+    shown = {name: f"{logs[name]:.3g}" for name in ("adv_loss", "adv_epsilon") if name in logs}
+    for callback in trainer.callback_handler.callbacks:
+        bar = getattr(callback, "training_bar", None)
+        if shown and bar is not None:
+            bar.set_postfix(shown)

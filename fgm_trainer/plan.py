@@ -55,13 +55,6 @@ class Plan:
         label = self.attack.targeted
         return label if isinstance(label, str) and label != "least_likely" else None
 
-    def card_section(self, scope: str) -> str:
-        """For a model card: the attack and its settings, the scope resolved."""
-        rows = self.attack.settings() | {"scope": scope, "target": str(self.target), "epsilon_unit": self.epsilon_unit}
-        rows |= vars(self.schedule) | ({"strength": self.strength} if self.steers else {})
-        lines = [f"| {name} | {value} |" for name, value in rows.items()]
-        return "\n".join(["\n## Adversarial training\n", "| setting | value |", "|---|---|", *lines, ""])
-
 
 def make_plan(
     args: Any,

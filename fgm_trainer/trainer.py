@@ -6,7 +6,6 @@ carries the perturbation in and the gradient back. Nothing of `Trainer` is copie
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,17 @@ from transformers.utils import logging
 
 from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import Attack
+from .cards import add_to_card
 from .compatibility import refuse
 from .engine.accelerate import bare
 from .engine.running_pass import RunningPass
 from .engine.schedule import Schedule
+from .metrics import show_in_bar
 from .perturbation.batches import without_column
 from .perturbation.target import Target
 from .plan import Plan, make_plan
+from .robustness import RobustnessReport, evaluate_embedder, evaluate_robustness
+from .robustness.embedders import is_embedder
 from .run import AttackedRun
 
 logger = logging.get_logger(__name__)
@@ -66,6 +69,8 @@ class AdversarialTrainerMixin(_Base):
         self._given = attack, target, epsilon_schedule
         # The pass that an overridden `training_step` or `compute_loss` is called for.
         self.running_pass: RunningPass | None = None
+        # What the card shows, by the name of the data.
+        self._reports: dict[str, RobustnessReport] = {}
         self._begin()
 
     @property
@@ -141,6 +146,7 @@ class AdversarialTrainerMixin(_Base):
         if "loss" in logs and "learning_rate" in logs and self._run.plan.attacks:
             logs = self._run.with_figures(logs)
         super().log(logs, *args, **kwargs)
+        show_in_bar(self, logs)
 
     def evaluate_robustness(self, eval_dataset: Any = None, **kwargs: Any) -> Any:
         """Clean and adversarial accuracy of the model: `robustness.evaluate_robustness` with the Trainer's own parts.
@@ -158,9 +164,6 @@ class AdversarialTrainerMixin(_Base):
         Raises:
             ValueError: there is no data set, or what `robustness.evaluate_robustness` refuses.
         """
-        from .robustness import evaluate_embedder, evaluate_robustness
-        from .robustness.embedders import is_embedder
-
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             own = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
@@ -171,7 +174,8 @@ class AdversarialTrainerMixin(_Base):
         if dataset is None:
             raise ValueError("evaluate_robustness needs a data set: pass eval_dataset here or to the Trainer.")
         if isinstance(dataset, Mapping):
-            return {name: self.evaluate_robustness(one, **kwargs) for name, one in dataset.items()}
+            self._reports = {name: self.evaluate_robustness(one, **kwargs) for name, one in dataset.items()}
+            return self._reports
         model, plan = self._on_its_device(), self._plan()
         collate = kwargs.pop("collate_fn", self.data_collator)
         if not is_embedder(model):
@@ -187,14 +191,15 @@ class AdversarialTrainerMixin(_Base):
             "collate_fn": collate,
         }
         evaluate: Any = evaluate_embedder if is_embedder(model) else evaluate_robustness
-        return evaluate(model, dataset, **own_parts | kwargs)
+        report = evaluate(model, dataset, **own_parts | kwargs)
+        self._reports = {"": report}
+        return report
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """`Trainer.create_model_card`, with a section that names the attack and its settings."""
+        """`Trainer.create_model_card`, with the attack's settings and what `evaluate_robustness` found last."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and self._run.plan.attacks:
-            with open(os.path.join(str(self.args.output_dir), "README.md"), "a", encoding="utf-8") as card:
-                card.write(self._run.plan.card_section(self._run.scope))
+        if self.is_world_process_zero() and (self._run.plan.attacks or self._reports):
+            add_to_card(str(self.args.output_dir), self._run.plan, self._run.scope, self._reports)
 
     # What Trainer asks for on the way ---------------------------------------------------------------------------------
 

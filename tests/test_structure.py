@@ -22,6 +22,7 @@ LAYERS = [
     "metrics",
     "compatibility",
     "plan",
+    "cards",
     "trainer_pass",
     "run",
     "trainer",

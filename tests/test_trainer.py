@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from test_faults import examples, flags, hooks, tiny_bart, tiny_bert, weights
@@ -336,6 +338,41 @@ def test_the_model_card_names_the_attack(tmp_path):
     card = (tmp_path / "README.md").read_text()
     for row in ("| method | pgd |", "| epsilon | 0.25 |", "| steps | 2 |", "| scope | vocabulary |"):
         assert row in card
+    assert set(huggingface_hub.ModelCard(card).data.tags) >= {"adversarial-training", "fgm_trainer"}
+
+
+@pytest.mark.parametrize(
+    "known", [{}, {"dataset_tags": "glue", "dataset": "GLUE SST2", "tasks": "text-classification"}]
+)
+def test_the_model_card_holds_the_figures_of_the_last_evaluation(tmp_path, known):
+    args = flags(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1)
+    data = examples()
+    trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    trainer.evaluate_robustness(epsilons=[3.0])
+    report = trainer.evaluate_robustness(epsilons=[0.1, 2.0])
+    for _ in range(2):
+        trainer.create_model_card(model_name="tiny", **known)
+        card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+        found = {each.metric_name: each.metric_value for each in card.data.eval_results if "under" in each.metric_name}
+        assert found == {
+            f"accuracy under {attack} of length {epsilon:g}": round(score, 4)
+            for attack, scores in report.scores.items()
+            for epsilon, score in zip(report.epsilons, scores, strict=True)
+        }
+        assert "| attack | clean | epsilon 0.1 | epsilon 2 |" in card.text
+        assert (tmp_path / "robustness.png").stat().st_size > 1000
+    both = trainer.evaluate_robustness({"one": data[:4], "two": data}, epsilons=[0.1])
+    trainer.create_model_card(model_name="tiny", **known)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    names = {each.dataset_name for each in card.data.eval_results if "under" in each.metric_name}
+    assert names == set(both) == {"one", "two"}
+
+
+def test_the_progress_bar_shows_the_attack(tmp_path, capsys):
+    args = flags(tmp_path, max_steps=2, disable_tqdm=False, logging_steps=1, adv_epsilon="auto")
+    AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples()).train()
+    assert re.search(r"adv_loss=[\d.]+, adv_epsilon=[\d.e-]+", capsys.readouterr().err)
 
 
 def test_the_seq2seq_twin_trains(tmp_path):

@@ -45,7 +45,7 @@ def plot_robustness(
                 noise = (report.clean, *report.scores["noise"])
                 axis.plot(grid, noise, color=line.get_color(), linewidth=0.8, linestyle="--", label=f"{name}, noise")
         axis.set_title(shown)
-        axis.set_xlabel("epsilon (L2 norm per example)")
+        axis.set_xlabel("epsilon")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(first.metric.replace("_", " "))
     if first.is_share:

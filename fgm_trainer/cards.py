@@ -1,0 +1,93 @@
+"""The model card: how the model was attacked in training and what it stands, for people and as metadata."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+
+from .plan import Plan
+from .robustness import RobustnessReport, plot_robustness
+
+TAGS = ("adversarial-training", "fgm_trainer")
+PICTURE = "robustness.png"
+# What a report's figure is of, where the card does not say.
+_TASKS = {"exact_match": "question-answering", "loss": "text-generation"}
+
+
+def add_to_card(folder: str | Path, plan: Plan, scope: str, reports: Mapping[str, RobustnessReport]) -> None:
+    """Adds the attack's settings and, where there are reports, accuracies under attack to the card of a Trainer.
+
+    Args:
+        folder: where the card is, as `README.md`; a picture is put beside it where matplotlib is installed.
+        plan: how the model was attacked.
+        scope: the attack's, resolved.
+        reports: of the evaluations, by the name of the data; `""` where there is one without a name.
+    """
+    folder = Path(folder)
+    card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+    data = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
+    known = list(data.eval_results or [])
+    found = [result for name, report in reports.items() for result in _results(name, report, known)]
+    if found:
+        data.model_name = data.model_name or folder.resolve().name
+        data.eval_results = known + found
+    sections = [_settings(plan, scope), *(_section(name, report) for name, report in reports.items())]
+    if reports and importlib.util.find_spec("matplotlib") is not None:
+        first = next(iter(reports.values()))
+        plot_robustness({folder.resolve().name: first}, folder / PICTURE)
+        sections.append(f"![{first.metric} over epsilon]({PICTURE})\n")
+    card.text = "\n".join([card.text.rstrip("\n"), "", *sections])
+    card.save(folder / "README.md")
+
+
+def _settings(plan: Plan, scope: str) -> str:
+    rows = plan.attack.settings() | {"scope": scope, "target": str(plan.target), "epsilon_unit": plan.epsilon_unit}
+    rows |= vars(plan.schedule) | ({"strength": plan.strength} if plan.steers else {})
+    return _table("Adversarial training", ["setting", "value"], [[name, str(value)] for name, value in rows.items()])
+
+
+def _section(name: str, report: RobustnessReport) -> str:
+    heads = ["attack", "clean", *(f"epsilon {e:g}" for e in report.epsilons)]
+    rows = []
+    for attack, scores in report.scores.items():
+        cells = [f"{score:.4g}" for score in (report.clean, *scores)]
+        if report.is_share:
+            bounds = [*report.intervals(), *report.intervals(attack)]
+            cells = [f"{cell} ({low:.3f} to {high:.3f})" for cell, (low, high) in zip(cells, bounds, strict=True)]
+        rows.append([attack, *cells])
+    text = _table(f"Robustness{f' on {name}' if name else ''}", heads, rows)
+    of = f"{report.metric.replace('_', ' ').capitalize()} of {report.examples} examples"
+    text += f"\n{of}{', with 95 % intervals' if report.is_share else ''}; epsilon is the length of the perturbation.\n"
+    if report.metric == "accuracy" and not report.further:
+        text += "To attack the model again, on texts of your own:\n\n"
+        text += "```bash\nfgm-train attack MODEL --data FILE --attacks strong\n```\n"
+    return text
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join([f"## {title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def _results(name: str, report: RobustnessReport, known: list[EvalResult]) -> list[EvalResult]:
+    """One entry of the model index for each attack and epsilon, of the data that the card names."""
+    task = known[0].task_type if known else _TASKS.get(report.metric, "text-classification")
+    # Entries are told apart by the data's type, not by its name.
+    data_type = name or (known[0].dataset_type if known else "custom")
+    data_name = name or (known[0].dataset_name if known else "evaluation data")
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=data_type,
+            dataset_name=data_name,
+            metric_type=report.metric,
+            metric_name=f"{report.metric} under {attack} of length {epsilon:g}",
+            metric_value=round(score, 4),
+        )
+        for attack, scores in report.scores.items()
+        for epsilon, score in zip(report.epsilons, scores, strict=True)
+    ]
