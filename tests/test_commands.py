@@ -5,7 +5,13 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, DataCollatorWithPadding
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+    DataCollatorWithPadding,
+)
 
 from fgm_trainer.launcher import main
 from fgm_trainer.robustness import evaluate_robustness
@@ -80,6 +86,28 @@ def test_errors(world):
         run(world, "strange.jsonl")
     with pytest.raises(SystemExit, match="can change single texts alone"):
         run(world, "data.jsonl", "--words", "--text_pair", "other")
+
+
+def test_a_checkpoint_without_a_head_is_refused(world):
+    BertModel(BertConfig.from_pretrained(world / "model")).save_pretrained(world / "headless")
+    BertTokenizerFast.from_pretrained(world / "model").save_pretrained(world / "headless")
+    with pytest.raises(SystemExit, match=r"is no classifier: classifier.bias, classifier.weight would be random"):
+        main(["attack", str(world / "headless"), "--data", str(world / "data.jsonl")])
+    with pytest.raises(SystemExit, match=r"There is no file 'nowhere\.jsonl'"):
+        main(["attack", str(world / "model"), "--data", "nowhere.jsonl"])
+
+
+def test_a_regression_model_has_numbers_for_labels(world):
+    config = BertConfig.from_pretrained(world / "model", num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(world / "numbers")
+    BertTokenizerFast.from_pretrained(world / "model").save_pretrained(world / "numbers")
+    rows = [{"review": row["review"], "kind": i / 2} for i, row in enumerate(ROWS)]
+    (world / "numbers.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    words = ["--data", str(world / "numbers.jsonl"), "--text", "review", "--label", "kind", "--epsilons", "0.1"]
+    main(["attack", str(world / "numbers"), *words, "--output", str(world / "out")])
+    found = json.loads((world / "out" / "report.json").read_text())
+    assert found["metric"] == "squared_error"
+    assert sorted(found["labels"]) == [i / 2 for i in range(len(ROWS))]
 
 
 def test_the_doctor_says_what_would_be_attacked(world, capsys):

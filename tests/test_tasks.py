@@ -253,3 +253,70 @@ def test_labels_without_names_of_entities_have_no_f1_of_entities():
 )
 def test_entities_are_read_as_conlleval_reads_them(tags, expected):
     assert entities(tags.split()) == expected
+
+
+def test_examples_without_a_label_are_left_out():
+    model = model_of("tags")
+    data = data_of("tags", model, size=8)
+    for row in data[1::3]:
+        row["labels"] = [-100] * len(row["labels"])
+    labelled = [row for row in data if set(row["labels"]) != {-100}]
+    assert 0 < len(labelled) < len(data)
+    found = measure(model, data, [FGM()], GRID, batch_size=2)
+    assert found.examples == len(labelled)
+    assert found == measure(model, labelled, [FGM()], GRID, batch_size=2)
+
+
+def test_a_collator_that_draws_gives_the_same_report_twice():
+    model = model_of("masked")
+    data = data_of("masked", model, size=8)
+
+    def masked(rows):
+        (batch,) = batches(rows, len(rows))
+        chosen = (torch.rand(batch["labels"].shape) < 0.3) | (torch.arange(10) == random.randrange(4))
+        return batch | {"labels": batch["labels"].where(chosen, -100)}
+
+    reports = [measure(model, data, [FGM()], GRID, collate_fn=masked) for _ in range(2)]
+    assert reports[0] == reports[1]
+    assert reports[0] != measure(model, data, [FGM()], GRID, collate_fn=masked, seed=1)
+
+
+@pytest.mark.parametrize(("name", "head"), [("llama", "LlamaForCausalLM"), ("bart", "BartForCausalLM")])
+@pytest.mark.parametrize("wrapped", [False, True])
+# Of peft, on what transformers renamed.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_language_model_is_measured_as_its_own_loss_is(name, head, wrapped):
+    """Of BART's decoder labels are not shifted; peft says nothing of the kind of model."""
+    import peft
+
+    model = headed(name, head)
+    if wrapped:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).double()
+    data = data_of("causal", model, size=4)
+    report = measure(model, data, [FGM()], (0.1,), batch_size=1)
+    with torch.no_grad():
+        losses = [model(**batch).loss.item() for batch in batches(data, 1)]
+    shift = 1 if name == "llama" else 0
+    tokens = [int((batch["labels"][:, shift:] != -100).sum()) for batch in batches(data, 1)]
+    mean = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
+    assert report.clean == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_task_of_ones_own():
+    from fgm_trainer.robustness import Outcome, Task
+
+    class TopTwo(Task):
+        metric = "top_two"
+
+        def judge(self, outputs, batch):
+            two = outputs["logits"].topk(2).indices
+            right = (two == batch["labels"][:, None]).any(1)
+            return Outcome(right, (~right).float(), two[:, 0])
+
+    model = tiny("bert")
+    data = padded_data(model, size=20)
+    report = measure(model, data, [FGM()], (0.5, 2.0), task=TopTwo())
+    plain = measure(model, data, [FGM()], (0.5, 2.0))
+    assert report.metric == "top_two"
+    assert report.clean > plain.clean
+    assert report.scores["fgm"][-1] < report.clean

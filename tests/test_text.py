@@ -137,6 +137,26 @@ def test_a_beam_finds_no_less_and_no_budget_is_exceeded(model, tokenizer):
         del model.forward
 
 
+def test_a_text_that_fools_is_kept_though_another_leaves_the_true_class_less(model, tokenizer):
+    """Of three classes the true one may be low where it is the largest still."""
+    told = {"": (0.5, 0.3, 0.2), "one": (0.34, 0.33, 0.33), "two": (0.4, 0.45, 0.15)}
+
+    class Told(nn.Module):
+        config = None
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids, **rest):
+            texts = [tokenizer.decode(row, skip_special_tokens=True).replace(" ", "") for row in input_ids]
+            rows = [told[next((word for word in ("one", "two") if word in text), "")] for text in texts]
+            return {"logits": torch.tensor(rows).log()}
+
+    report = attack_texts(Told(), tokenizer, ["film"], [0], lambda word, draw: ["one", "two"], progress=False)
+    assert (report.results[0].attacked, report.results[0].attacked_prediction) == ("two", 1)
+
+
 def test_what_stays(model, tokenizer):
     texts = ["good film 3D, very good 2024!", "The good, the bad and it's poor"] * 4
     labels = labels_of(model, tokenizer, texts)
