@@ -318,9 +318,9 @@ class _Search:
 
 def longest(model: nn.Module, tokenizer: Any) -> int:
     """How many tokens of a text the model can read."""
-    # Some models count their positions from 2.
+    # Some models count their positions from 2; a tokenizer that knows no limit says 1e30.
     places = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    own: int = tokenizer.model_max_length
+    own: int = min(tokenizer.model_max_length, 10**6)
     return own if places is None or own <= places else max(places - 2, 1)
 
 
