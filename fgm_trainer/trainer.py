@@ -17,7 +17,7 @@ from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import Attack
 from .cards import add_to_card
 from .compatibility import refuse
-from .engine.accelerate import bare
+from .engine.accelerate import bare, whole_copies
 from .engine.running_pass import RunningPass
 from .engine.schedule import Schedule
 from .metrics import show_in_bar
@@ -151,7 +151,8 @@ class AdversarialTrainerMixin(_Base):
     def evaluate_robustness(self, eval_dataset: Any = None, **kwargs: Any) -> Any:
         """Clean and adversarial accuracy of the model: `robustness.evaluate_robustness` with the Trainer's own parts.
 
-        Every process evaluates the whole data set, so all get the same report.
+        Under DDP processes take turns at the batches; where weights are spread each attacks them all. All get the same
+        report.
 
         Args:
             eval_dataset: what `Trainer.evaluate` takes: a data set, also an iterable one; a dictionary of data sets;
@@ -186,7 +187,8 @@ class AdversarialTrainerMixin(_Base):
             "target": None if plan.target == "weights" else plan.target,
             "epsilon_unit": plan.epsilon_unit,
             "clip": plan.clip,
-            "progress": not self.args.disable_tqdm,
+            "accelerator": self.accelerator if whole_copies(model, self.accelerator) else None,
+            "progress": not self.args.disable_tqdm and self.is_local_process_zero(),
             "seed": self.args.seed,
             "collate_fn": collate,
         }

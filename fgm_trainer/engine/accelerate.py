@@ -18,6 +18,21 @@ def bare(model: nn.Module, accelerator: Any) -> nn.Module:
     return unwrapped
 
 
+def whole_copies(model: nn.Module, accelerator: Any) -> bool:
+    """Whether there are several processes, each with all of the model's weights."""
+    kind = getattr(getattr(accelerator, "distributed_type", None), "value", "")
+    return kind.startswith("MULTI") and not any(map(is_sharded, model.parameters()))
+
+
+def gathered(accelerator: Any, items: list[Any]) -> list[Any]:
+    """The items of all processes, on each of them; without an accelerator those that are given."""
+    if accelerator is None:
+        return items
+    from accelerate.utils import gather_object
+
+    return list(gather_object(items))
+
+
 class Engine:
     """What runs the backward passes.
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from ..attacks import FGM, PGD, Attack, Noise, Step
-from ..engine.accelerate import Engine
+from ..engine.accelerate import Engine, gathered
 from ..engine.driver import Driver, unit_of
 from ..engine.running_pass import RunningPass
 from ..perturbation.batches import rows_of, without_column
@@ -45,6 +45,7 @@ def evaluate_robustness(
     batch_size: int = 32,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     task: Task | None = None,
+    accelerator: Any = None,
     seed: int = 0,
     progress: bool = True,
 ) -> RobustnessReport:
@@ -68,6 +69,8 @@ def evaluate_robustness(
         batch_size: examples a batch.
         collate_fn: makes a batch of a list of examples; None for transformers' `default_data_collator`.
         task: what is measured, a `Task`; None for what the model's outputs show (`tasks`).
+        accelerator: an `accelerate.Accelerator`, whose processes take turns at the batches; each needs the whole model,
+            and gets the report of all. None where this process attacks them all.
         seed: of whatever an attack draws; noise is drawn batch by batch, so it depends on `batch_size` too.
         progress: show a bar.
 
@@ -82,38 +85,65 @@ def evaluate_robustness(
     model = getattr(model, "_orig_mod", model)
     place = target if isinstance(target, Target) else find_target(target or "word_embeddings", model)
     names = _names(attacks)
-    scores: dict[str, list[list[Outcome]]] = {name: [[] for _ in grid] for name in names}
-    clean: list[Outcome] = []
-    far: list[Tensor] = []
-    labels: list[Tensor] = []
+    found: list[_Found] = []
     evaluation = Evaluation(model, place, unit_of(epsilon_unit, model), _columns(attacks), task)
+    turns, own = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     with evaluating(model, place, clip):
         batches = batches_of(dataset, batch_size, collate_fn, seed)
         total = math.ceil(len(dataset) / batch_size) if isinstance(dataset, Sized) else None
         for number, batch in enumerate(bar(batches, progress, "robustness", total)):
             batch = on_device(batch, model)
-            outcome = evaluation.clean(batch)
-            clean.append(outcome)
-            labels.append(evaluation.task.labels(batch))
-            worst = [outcome for _ in grid]
-            for name, attack in zip(names, attacks, strict=True):
-                now = outcome
-                for i, epsilon in enumerate(grid):
-                    if isinstance(attack, Ensemble) and attack.adds_up:
-                        now = now.worse_of(worst[i])
-                    now = evaluation.tried(batch, attack, epsilon, now, seed + number)
-                    worst[i] = worst[i].worse_of(now)
-                    scores[name][i].append(now)
-            if strongly and max(grid) > 0:
-                far.append(evaluation.tried(batch, PGD(steps=10), 100 * max(grid), worst[-1], seed + number).right)
-    if not clean:
+            if number % turns == own:
+                named = dict(zip(names, attacks, strict=True))
+                found.append(_attacked(evaluation, batch, named, grid, number, seed, strongly))
+            elif number == 0:
+                # All have to know the task.
+                evaluation.clean(batch)
+    found = sorted(gathered(accelerator, found), key=lambda each: each.number)
+    if not found:
         raise ValueError("Robustness can't be evaluated: the data set is empty.")
-    report = _report(evaluation.task, clean, scores, labels, grid)
-    return (
-        replace(report, masking=signs_of_masking(report, int(torch.cat(far).sum()) if far else 0))
-        if strongly
-        else report
-    )
+    report = _report(evaluation.task, found, grid)
+    far = sum(each.far for each in found)
+    return replace(report, masking=signs_of_masking(report, far)) if strongly else report
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What came of a batch: its number, its labels, without attack, by attack at each epsilon, and how many examples
+    stand far out; on the CPU.
+    """
+
+    number: int
+    labels: Tensor
+    clean: Outcome
+    scores: dict[str, list[Outcome]]
+    far: int
+
+
+def _attacked(
+    evaluation: Evaluation,
+    batch: Mapping[str, Any],
+    attacks: Mapping[str, AnyAttack],
+    grid: Sequence[float],
+    number: int,
+    seed: int,
+    strongly: bool,
+) -> _Found:
+    """A batch under every attack at every epsilon."""
+    clean, far, seed = evaluation.clean(batch), 0, seed + number
+    worst = [clean for _ in grid]
+    scores: dict[str, list[Outcome]] = {}
+    for name, attack in attacks.items():
+        now, scores[name] = clean, []
+        for i, epsilon in enumerate(grid):
+            if isinstance(attack, Ensemble) and attack.adds_up:
+                now = now.worse_of(worst[i])
+            now = evaluation.tried(batch, attack, epsilon, now, seed)
+            worst[i] = worst[i].worse_of(now)
+            scores[name].append(now.on_cpu())
+    if strongly and max(grid) > 0:
+        far = int(evaluation.tried(batch, PGD(steps=10), 100 * max(grid), worst[-1], seed).right.sum())
+    return _Found(number, evaluation.task.labels(batch).cpu(), clean.on_cpu(), scores, far)
 
 
 class Evaluation:
@@ -240,13 +270,10 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]
     return loss, outputs
 
 
-def _report(
-    task: Task,
-    clean: list[Outcome],
-    scores: dict[str, list[list[Outcome]]],
-    labels: list[Tensor],
-    grid: tuple[float, ...],
-) -> RobustnessReport:
+def _report(task: Task, found: Sequence[_Found], grid: tuple[float, ...]) -> RobustnessReport:
+    clean, labels = [each.clean for each in found], [each.labels for each in found]
+    scores = {name: [[each.scores[name][i] for each in found] for i in range(len(grid))] for name in found[0].scores}
+
     def fell(rows: list[list[Outcome]]) -> tuple[float | None, ...]:
         right = torch.stack([torch.cat([o.right for o in each]) for each in (clean, *rows)])
         first = (~right).int().argmax(0).tolist()

@@ -36,6 +36,10 @@ class Outcome:
         of_rows = worse.view(-1, *[1] * (self.prediction.dim() - 1))
         return Outcome(self.right & other.right, error, torch.where(of_rows, other.prediction, self.prediction))
 
+    def on_cpu(self) -> Outcome:
+        """The same, on the CPU."""
+        return Outcome(self.right.cpu(), self.error.cpu(), self.prediction.cpu())
+
     def rows(self, chosen: Tensor) -> Outcome:
         """Some of the examples."""
         return Outcome(self.right[chosen], self.error[chosen], self.prediction[chosen])
