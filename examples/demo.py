@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,6 +22,7 @@ from reviews import FetchError, Review, Reviews, load_reviews, pretrained_model
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -31,10 +33,18 @@ from transformers import (
 )
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer.robustness import RobustnessReport, compare, evaluate_robustness
-from fgm_trainer.robustness.plotting import plot_robustness
+from fgm_trainer.robustness import (
+    RobustnessReport,
+    TextReport,
+    attack_texts,
+    compare,
+    evaluate_robustness,
+    plot_robustness,
+)
+from fgm_trainer.robustness.report import wilson
 
 MODELS = ("plain", "adversarial")
+SENTIMENTS = ("negative", "positive")
 SETS = {"movies": "movie snippets", "amazon": "Amazon snippets"}
 
 # Batches of like length have little padding, which costs as much as text. transformers 5 renamed the flag.
@@ -63,6 +73,20 @@ Run = dict[str, dict[str, Measured]]
 """What one seed gave: by test set, then by model."""
 
 
+@dataclass(frozen=True)
+class Changed:
+    """What changed letters do to both models, which embeddings say nothing of.
+
+    Args:
+        under: by model, the report of an attack on the first held-out movie snippets.
+        answers: by model, its answer to the first text that fools the plain one, that of `under["plain"]`; None where
+            no text does.
+    """
+
+    under: dict[str, TextReport]
+    answers: dict[str, int] | None
+
+
 @dataclass
 class DemoArguments:
     """What the demo lets one choose."""
@@ -74,6 +98,7 @@ class DemoArguments:
     seeds: list[int] | None = field(default=None, metadata={"help": "Several seeds: prints mean and spread."})
     train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
     test_samples: int = field(default=100, metadata={"help": "Snippets of each test set to attack."})
+    text_samples: int = field(default=20, metadata={"help": "Movie snippets whose letters are changed; 0 for none."})
     clean_samples: int = field(default=1000, metadata={"help": "Snippets of each test set without attack."})
     test_epsilons: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.4], metadata={"help": "Lengths of the attack in the evaluation."}
@@ -91,27 +116,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (args,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses(arguments)
     start = time.perf_counter()
     folder, reviews = pretrained_model(), load_reviews()
-    runs = {seed: run_seed(args, seed, folder, reviews) for seed in args.seeds or [args.seed]}
-    write_results(args, runs, time.perf_counter() - start)
+    models = {seed: train_models(args, seed, folder, reviews) for seed in args.seeds or [args.seed]}
+    runs = {seed: measure_all(args, seed, both, folder, reviews) for seed, both in models.items()}
+    changed = change_letters(args, next(iter(models.values())), folder, reviews) if args.text_samples else None
+    write_results(args, runs, changed, time.perf_counter() - start)
 
 
 # One seed -------------------------------------------------------------------------------------------------------------
 
 
-def run_seed(args: DemoArguments, seed: int, folder: Path, reviews: Reviews) -> Run:
-    """Trains both models from the same start on the same batches, and evaluates both on the same snippets."""
+def train_models(args: DemoArguments, seed: int, folder: Path, reviews: Reviews) -> dict[str, torch.nn.Module]:
+    """Both models, from the same start on the same batches."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    collate = DataCollatorWithPadding(tokenizer)
     train = encode(tokenizer, reviews.train[: args.train_samples])
-    tests = {name: encode(tokenizer, getattr(reviews, name)) for name in SETS}
-    run: Run = {name: {} for name in SETS}
+    found = {}
     for name, epsilon in zip(MODELS, ("0", args.adv_epsilon), strict=True):
         print(f"\nSeed {seed}, {name}: training on {len(train)} movie snippets", flush=True)
-        model = train_model(args, seed, epsilon, folder, train, collate)
-        for test, examples in tests.items():
+        found[name] = train_model(args, seed, epsilon, folder, train, DataCollatorWithPadding(tokenizer))
+    return found
+
+
+def measure_all(
+    args: DemoArguments, seed: int, models: dict[str, torch.nn.Module], folder: Path, reviews: Reviews
+) -> Run:
+    """Both models on the same snippets."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    run: Run = {name: {} for name in SETS}
+    for test in SETS:
+        examples = encode(tokenizer, getattr(reviews, test))
+        for name, model in models.items():
             print(f"Seed {seed}, {name}: under attack on {SETS[test]}", flush=True)
-            run[test][name] = measure(args, seed, model, examples, collate)
+            run[test][name] = measure(args, seed, model, examples, DataCollatorWithPadding(tokenizer))
     return run
+
+
+def change_letters(args: DemoArguments, models: dict[str, torch.nn.Module], folder: Path, reviews: Reviews) -> Changed:
+    """Both models where letters are changed, each by an attack of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts, labels = zip(*reviews.movies[: args.text_samples], strict=True)
+    print("\nChanging letters", flush=True)
+    under = {name: attack_texts(model, tokenizer, texts, labels, budget=200) for name, model in models.items()}
+    fooled = next((each.attacked for each in under["plain"].results if each.fooled), None)
+    if fooled is None:
+        return Changed(under, None)
+    (row,) = encode(tokenizer, [Review(fooled, 0)])
+    batch = DataCollatorWithPadding(tokenizer)([row])
+    batch.pop("labels")
+    with torch.no_grad():
+        answers = {name: int(m.eval()(**batch.to(m.device)).logits.argmax()) for name, m in models.items()}
+    return Changed(under, answers)
 
 
 def measure(
@@ -177,11 +230,11 @@ def by_length(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # What comes out -------------------------------------------------------------------------------------------------------
 
 
-def write_results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> None:
+def write_results(args: DemoArguments, runs: dict[int, Run], changed: Changed | None, seconds: float) -> None:
     """Prints the table; writes it, the picture and all figures into the output folder."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo_results.json").write_text(json.dumps(results(args, runs, seconds), indent=2) + "\n")
+    (folder / "demo_results.json").write_text(json.dumps(results(args, runs, changed, seconds), indent=2) + "\n")
     seed, run = next(iter(runs.items()))
     curves = {model: measured.report for model, measured in run["movies"].items()}
     title = f"all-MiniLM-L6-v2, held-out movie snippets, seed {seed}"
@@ -189,7 +242,10 @@ def write_results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> 
     with (folder / "table.md").open("w", encoding="utf-8") as file:
         Console(file=file, width=200).print(table(runs, box.MARKDOWN))
     console = Console()
-    console.print(table(runs), note(args, runs, seconds), sep="\n")
+    console.print(table(runs), note(args, runs), sep="\n")
+    if changed is not None:
+        console.print(letters(changed))
+    console.print(f"{seconds:.0f} seconds in all. Written:")
     for name in ("table.md", "robustness.png", "demo_results.json"):
         console.print(f"  {folder / name}")
 
@@ -203,7 +259,7 @@ def table(runs: dict[int, Run], style: box.Box = box.SIMPLE_HEAD) -> Table:
         for model in MODELS:
             grid.add_column(f"{test}: {model}", justify="right", min_width=len("(82.7-83.9)"))
     for row in rows(runs):
-        cells = [cell([scores(run[test][model])[row] for run in runs.values()]) for test in SETS for model in MODELS]
+        cells = [cell([run[test][model] for run in runs.values()], row) for test in SETS for model in MODELS]
         grid.add_row(*row, *cells)
     return grid
 
@@ -227,24 +283,26 @@ def scores(measured: Measured) -> dict[tuple[str, str], float]:
     }
 
 
-def cell(values: list[float]) -> str:
-    """The mean in percent, and with several seeds the smallest and the largest."""
-    shown = f"{100 * mean(values):.1f}"
-    return shown if len(values) == 1 else f"{shown} ({100 * min(values):.1f}-{100 * max(values):.1f})"
+def cell(measured: list[Measured], row: tuple[str, str]) -> str:
+    """The mean in percent; of one seed with its 95 % interval, of several with the smallest and the largest."""
+    values = [scores(each)[row] for each in measured]
+    low, high = min(values), max(values)
+    if len(values) == 1:
+        of_many = row[0] == f"clean ({measured[0].clean_examples})"
+        low, high = wilson(values[0], measured[0].clean_examples if of_many else measured[0].report.examples)
+    return f"{100 * mean(values):.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def note(args: DemoArguments, runs: dict[int, Run], seconds: float) -> str:
+def note(args: DemoArguments, runs: dict[int, Run]) -> str:
     """What one has to know to read the table."""
     measured = next(iter(runs.values()))["movies"]["plain"]
-    few, many = (f"{50 / n**0.5:.1f}" for n in (measured.report.examples, measured.clean_examples))
-    spread = "mean and (smallest-largest) over seeds " if len(runs) > 1 else "seed "
+    spread = "the smallest and the largest over seeds" if len(runs) > 1 else "its 95 % interval, seed"
     return (
-        f"Accuracy in percent, {spread}{', '.join(map(str, runs))}. The sampling error of one figure (one standard "
-        f"error) is at most {few} under attack ({measured.report.examples} snippets) and {many} in the first row "
-        f"({measured.clean_examples}).\n"
+        f"Accuracy in percent and, in brackets, {spread} {', '.join(map(str, runs))}; "
+        f"{measured.report.examples} snippets under attack.\n"
         "Epsilon is the L2 length of the perturbation of a snippet's embeddings; noise is a random direction of that "
         f"length.\nAdversarial: FGM, scope {args.adv_scope}, epsilon {args.adv_epsilon}, warm-up "
-        f"{args.adv_warmup:g}.\n{differences(runs)}{seconds:.0f} seconds in all. Written:"
+        f"{args.adv_warmup:g}.\n{differences(runs)}"
     )
 
 
@@ -261,13 +319,32 @@ def differences(runs: dict[int, Run]) -> str:
     )
 
 
-def results(args: DemoArguments, runs: dict[int, Run], seconds: float) -> dict[str, Any]:
+def letters(changed: Changed) -> Text:
+    """Accuracies with changed letters, and the first text that fools the plain model, its changes in bold."""
+    under = {name: report.accuracy_under_attack for name, report in changed.under.items()}
+    plain = changed.under["plain"]
+    text = Text(
+        f"With changed letters (attack_texts, {len(plain.results)} movie snippets): "
+        + ", ".join(f"{name} {100 * accuracy:.0f} %" for name, accuracy in under.items())
+        + ".\n"
+    )
+    if changed.answers is None:
+        return text
+    first = next(each for each in plain.results if each.fooled)
+    for word, before in zip_longest(first.attacked.split(" "), first.text.split(" "), fillvalue=""):
+        text.append(f"{word} ", "bold red" if word != before else "italic")
+    said = ", ".join(f"{name} {SENTIMENTS[answer]}" for name, answer in changed.answers.items())
+    return text.append(f"\n({SENTIMENTS[first.label]}; {said}; it was changed to fool the plain model)")
+
+
+def results(args: DemoArguments, runs: dict[int, Run], changed: Changed | None, seconds: float) -> dict[str, Any]:
     """Settings, versions, seconds and every figure, as plain data."""
     return {
         "settings": asdict(args),
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "letters": None if changed is None else asdict(changed),
         "seeds": {
             str(seed): {test: {model: asdict(m) for model, m in models.items()} for test, models in run.items()}
             for seed, run in runs.items()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +157,8 @@ def doctor(words: Sequence[str]) -> None:
     print(f"fgm_trainer {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for name in LIBRARIES:
         try:
-            print(f"{name} {importlib.import_module(name).__version__}")
-        except ImportError:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
             print(f"{name}: not installed")
     cards = torch.cuda.device_count()
     print(f"{cards} GPUs: start one process each, `accelerate launch`" if cards > 1 else f"{cards} GPUs")

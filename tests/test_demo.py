@@ -15,7 +15,8 @@ import demo  # noqa: E402
 import reviews  # noqa: E402
 from reviews import Review  # noqa: E402
 
-from fgm_trainer.robustness import RobustnessReport  # noqa: E402
+from fgm_trainer.robustness import RobustnessReport, TextReport  # noqa: E402
+from fgm_trainer.robustness.text import TextResult  # noqa: E402
 
 MOVIES = [Review(f"Movie number {i}, of the {i % 7}th kind.", i % 2) for i in range(300)]
 AMAZON = [Review(f"Player number {i}.", i % 2) for i in range(40)]
@@ -137,11 +138,25 @@ def test_table_and_results():
     cells = list(grid.columns[2].cells)
     assert cells[0] == "85.0 (85.0-85.0)"
     assert cells[-1] == "40.0 (40.0-40.0)"
-    assert demo.cell([0.25]) == "25.0"
+    assert demo.cell([run["movies"]["plain"]], ("clean (100)", "")) == "85.0 (76.7-90.7)"
+    assert demo.cell([run["movies"]["plain"]], ("fgm", "0.1")) == "70.0 (39.7-89.2)"
     line = "Under pgd-10 of 0.1, seed 0: +0.0 points (95 % interval -16.3 to +16.3, McNemar's p = 1)."
     assert demo.differences(runs).splitlines()[0] == line
-    assert demo.results(demo.DemoArguments(), runs, 1.0)["seeds"]["1"]["amazon"]["plain"]["clean"] == 0.85
-    assert "seeds 0, 1" in demo.note(demo.DemoArguments(), runs, 1.0)
+    assert demo.results(demo.DemoArguments(), runs, None, 1.0)["seeds"]["1"]["amazon"]["plain"]["clean"] == 0.85
+    assert "seeds 0, 1" in demo.note(demo.DemoArguments(), runs)
+    assert "95 % interval, seed 0" in demo.note(demo.DemoArguments(), {0: run})
+
+
+def test_what_changed_letters_do_is_shown():
+    stands = TextResult("a dull film", "a dull film", 0, 0, 0, 0, 3, 9)
+    falls = TextResult("a good film", "a godo film", 1, 1, 0, 1, 3, 5)
+    under = {"plain": TextReport((stands, falls)), "adversarial": TextReport((stands, stands))}
+    shown = demo.letters(demo.Changed(under, {"plain": 0, "adversarial": 1}))
+    assert "2 movie snippets): plain 50 %, adversarial 100 %" in shown.plain
+    assert "(positive; plain negative, adversarial positive; it was changed" in shown.plain
+    assert [shown.plain[span.start : span.end].strip() for span in shown.spans if span.style == "bold red"] == ["godo"]
+    alone = {"plain": TextReport((stands,)), "adversarial": TextReport((stands,))}
+    assert demo.letters(demo.Changed(alone, None)).plain.endswith("adversarial 100 %.\n")
 
 
 def test_every_flag_has_help_and_a_default():
