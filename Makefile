@@ -7,7 +7,7 @@ TWO := -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-distributed test-oldest bench bench-evaluation check format clean
+.PHONY: demo test test-slow test-distributed test-oldest bench bench-evaluation textattack docs check format clean
 
 demo: $(VENV)/ready  ## train on real reviews, plainly and adversarially, and show both
 	$(RUN) examples/demo.py
@@ -30,7 +30,15 @@ bench: $(VENV)/ready  ## what a step costs beside what people use today, on this
 bench-evaluation: $(VENV)/bench  ## what the evaluation costs beside foolbox
 	$(RUN) benchmarks/evaluation.py --output runs/evaluation
 
-check: $(VENV)/ready  ## style and types
+textattack: $(VENV)/ready .venv-textattack/ready  ## TextAttack as a second opinion on two saved checkpoints
+	$(RUN) examples/textattack/checkpoints.py
+	.venv-textattack/bin/python examples/textattack/attack.py runs/textattack/plain runs/textattack/adversarial
+
+# Without --quiet, which would hide warnings from --strict as well.
+docs: $(VENV)/docs  ## the site, into runs/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+check: $(VENV)/ready docs  ## style, types and the site
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -49,11 +57,15 @@ $(VENV)/bench: $(VENV)/ready
 	$(RUN) -m pip install --quiet -c constraints.txt -e ".[bench]"
 	touch $@
 
+$(VENV)/docs: $(VENV)/ready
+	$(RUN) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 # DeepSpeed is built where it is installed, against the torch that is there.
 $(VENV)/distributed: $(VENV)/ready
 	$(RUN) -m pip install --quiet -c constraints.txt setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation \
-		-e ".[deepspeed,ray,trainers]"
+		-e ".[deepspeed,ray,trainers,foolbox]"
 	touch $@
 
 .venv-oldest/ready: constraints-oldest.txt setup.cfg
@@ -62,5 +74,12 @@ $(VENV)/distributed: $(VENV)/ready
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
 	touch $@
 
+# TextAttack can't live beside transformers 5. It reads what that has saved.
+.venv-textattack/ready: examples/textattack/constraints.txt setup.cfg
+	$(PYTHON) -m venv .venv-textattack
+	.venv-textattack/bin/python -m pip install --quiet -c examples/textattack/constraints.txt torch
+	.venv-textattack/bin/python -m pip install --quiet -c examples/textattack/constraints.txt textattack -e ".[report]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest runs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-textattack runs build dist *.egg-info

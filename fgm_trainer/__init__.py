@@ -21,7 +21,7 @@ from .attacks import (
 )
 
 if TYPE_CHECKING:
-    from .arguments import AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
+    from .arguments import AdversarialArguments, AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
     from .launcher import patch
     from .trainer import AdversarialSeq2SeqTrainer, AdversarialTrainer, AdversarialTrainerMixin
 
@@ -36,6 +36,7 @@ __all__ = [
     "R3F",
     "SMART",
     "VAT",
+    "AdversarialArguments",
     "AdversarialSeq2SeqTrainer",
     "AdversarialSeq2SeqTrainingArguments",
     "AdversarialTrainer",
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AdversarialArguments": "arguments",
     "AdversarialTrainingArguments": "arguments",
     "AdversarialSeq2SeqTrainingArguments": "arguments",
     "AdversarialTrainer": "trainer",

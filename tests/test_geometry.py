@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fgm_trainer.perturbation.geometry import NORMS, SCOPES, Units, ascent, length, project, sample, shared_entries
+from fgm_trainer.perturbation.stacking import row_norms
 
 VOCABULARY = 7
 many = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -372,3 +373,18 @@ def test_refused_units():
         Units("batch")
     with pytest.raises(ValueError, match="scope 'vocabulary' needs `entries`: it exists for token lookups only"):
         Units("vocabulary")
+
+
+def test_a_token_that_is_far_longer_than_the_others_counts_for_four_times_the_median():
+    values, padding = torch.randn(3, 6, 8), torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    plain = row_norms(values, padding)
+    assert torch.equal(row_norms(values, padding, 4.0), plain), "none is"
+    torch.testing.assert_close(row_norms(values[:1], None, 4.0), plain[:1])
+    values[1, 0] *= 1000
+    norms = values[1, :4].norm(dim=1)
+    norms[0] = 4 * norms.sort().values[1]
+    torch.testing.assert_close(row_norms(values, padding, 4.0), torch.stack([plain[0], norms.norm(), plain[2]]))
+    mostly_zero = torch.zeros(1, 5, 2)
+    mostly_zero[0, 0] = 1.0
+    assert row_norms(mostly_zero, None, 4.0).item() == pytest.approx(2**0.5)

@@ -17,6 +17,9 @@ from .parts import OTHER_CALLS, part_of
 from .stacking import StackedCalls, example_norms, row_norms
 from .watched import WatchedForward
 
+# Embeddings of tokens differ in length by less.
+_OUTLIERS = 4.0
+
 
 class PerturbedForward(WatchedForward):
     """A forward pass in which the calls of the target are perturbed.
@@ -79,7 +82,7 @@ class PerturbedForward(WatchedForward):
         part = part.to(value.dtype)
         if clip is not None:
             part = within(value + part, value, low, high) - value
-        call.norms = row_norms(value, call.padding), row_norms(part, call.padding)
+        call.norms = row_norms(value, call.padding, _OUTLIERS), row_norms(part, call.padding)
         return part
 
     def _own_part(self, call: Call, value: Tensor) -> Tensor | None:

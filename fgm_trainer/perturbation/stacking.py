@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,14 +117,27 @@ def cut(stacked: Tensor, calls: Sequence[Call]) -> list[Tensor]:
     return [p if p.dim() < 3 else p[:, : call.shape[1]] for p, call in zip(parts, calls, strict=True)]
 
 
-def row_norms(values: Tensor, padding: Tensor | None) -> Tensor:
-    """The Euclidean norm of each row, over the positions that hold a token: (rows,), in float32 at least."""
+def row_norms(values: Tensor, padding: Tensor | None, outliers: float = math.inf) -> Tensor:
+    """The Euclidean norm of each row, over the positions that hold a token: (rows,), in float32 at least.
+
+    Args:
+        values: (rows, ...), or (rows, positions, dimension) where there are tokens.
+        padding: bool, (rows, positions), true where there is no token.
+        outliers: no token counts for more than so many times the row's median one. In the hidden states of language
+            models a few are a thousand times as long as the others (Sun et al. 2024, "Massive Activations").
+    """
     dtype = torch.float32 if values.dtype.itemsize < 4 else None
-    dims = tuple(range(1, values.dim())) if padding is None else (-1,)
-    norms: Tensor = torch.linalg.vector_norm(values, dim=dims, dtype=dtype)
+    by_token = padding is not None or (outliers < math.inf and values.dim() == 3)
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1 if by_token else tuple(range(1, values.dim())), dtype=dtype)
+    if norms.dim() == 1:
+        return norms
+    if outliers < math.inf:
+        median = (norms if padding is None else norms.masked_fill(padding, torch.nan)).nanmedian(dim=1, keepdim=True)[0]
+        norms = torch.where(median > 0, norms.minimum(outliers * median), norms)
     if padding is not None:
         norms = norms.masked_fill(padding, 0.0)
-    return norms if norms.dim() == 1 else torch.linalg.vector_norm(norms, dim=1)
+    length: Tensor = torch.linalg.vector_norm(norms, dim=1)
+    return length
 
 
 def _padding(calls: Sequence[Call]) -> Tensor | None:

@@ -74,4 +74,7 @@ def print_robustness(report: RobustnessReport) -> None:
         for name, rows in report.further.items():
             figures = (report.clean_further[name], *rows[attack])
             table.add_row(f"  {name.replace('_', ' ')}", *(f"{figure:.4f}" for figure in figures))
-    Console().print(table, *(f"Masked gradients? {sign}" for sign in report.masking), sep="\n")
+    console = Console()
+    # What is cut off at the right can't be had otherwise.
+    console.width = max(console.width, 26 * len(table.columns))
+    console.print(table, *(f"Masked gradients? {sign}" for sign in report.masking), sep="\n")
