@@ -113,7 +113,7 @@ def test_regression_from_a_json_file_of_flags(world):
     assert results["eval_samples"] == 20
     assert results["robust_clean"] == pytest.approx(results["eval_mse"], rel=1e-4)
     assert results["robust_pgd-10_0.5"] >= results["robust_clean"]
-    assert "Pearson" in output
+    assert "  pearson" in output, "the table"
     predictions = (out / "predict_results.tsv").read_text().splitlines()[1:]
     assert len(predictions) == 32
     assert all(float(line.split("\t")[1]) is not None for line in predictions)

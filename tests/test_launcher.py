@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import fgm_trainer
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer.launcher import flags_in
+from fgm_trainer.launcher import flags_in, main
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -138,10 +138,14 @@ def test_a_run_that_attacks_nothing_is_an_error(tmp_path, monkeypatch, code, wor
     assert "Traceback" not in found.stderr
 
 
-def test_what_is_no_script(tmp_path):
-    assert "there is no script 'nowhere.py'" in run("-m", "fgm_trainer", "nowhere.py", code=1).stderr
-    assert run("-m", "fgm_trainer", "--version").stdout.strip() == fgm_trainer.__version__
-    assert "usage:" in run("-m", "fgm_trainer", code=2).stdout
+def test_what_is_no_script(capsys):
+    with pytest.raises(SystemExit, match=r"there is no script 'nowhere\.py'"):
+        main(["nowhere.py"])
+    main(["--version"])
+    assert capsys.readouterr().out.strip() == fgm_trainer.__version__
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert "usage:" in capsys.readouterr().out
 
 
 def test_flags_are_taken_out_of_the_command_line(monkeypatch):

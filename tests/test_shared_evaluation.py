@@ -27,7 +27,8 @@ def evaluated(out, processes, examples):
 
 
 # Seven batches, and one: a process without a batch of its own.
-@pytest.mark.parametrize("examples", [26, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [26, 3])
 def test_two_processes_share_an_evaluation(tmp_path, examples):
     (alone,) = evaluated(tmp_path / "one", 1, examples)
     both = evaluated(tmp_path / "two", 2, examples)

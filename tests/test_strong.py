@@ -112,7 +112,7 @@ def test_no_column_of_a_targeted_attack_reaches_the_model():
     data = [{**row, "wrong": (row["labels"] + 1) % 3} for row in data]
     attacks = [Noise(), FGM(targeted="wrong"), Ensemble("it", [Member(PGD(steps=2, targeted="wrong"))])]
     assert list(measure(Strict(model), data, attacks, (0.1,)).scores) == ["noise", "fgm", "it"]
-    with pytest.raises(ValueError, match="ensembles need names of their own; found it, it"):
+    with pytest.raises(ValueError, match="need names of their own; found it, it"):
         measure(model, data, [attacks[2], attacks[2]], (0.1,))
     assert measure(model, data, "strong", (0.0,)).masking == ()
 
