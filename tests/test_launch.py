@@ -16,8 +16,8 @@ ON_CPU = Path(__file__).with_name("on_cpu.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 RAY = [sys.executable, EXAMPLES / "launch" / "ray_glue.py", "--num_workers", "2"]
 # The default suite leaves out the slowest.
-MORE = ("ddp", "zero2", "ray")
-LAUNCHERS = ("torchrun", "fsdp2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE))
+MORE = ("torchrun", "ddp", "zero2", "ray")
+LAUNCHERS = ("fsdp2", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE))
 # A file that the engine alone writes into a checkpoint, from the second process where there is one.
 TRACES = {
     "torchrun": "rng_state_1.pth",

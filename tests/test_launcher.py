@@ -126,8 +126,13 @@ def test_two_processes_of_torchrun(scripts, tmp_path):
     [
         ("import torch", [], "Nothing was attacked: no transformers Trainer was made"),
         (STOCK, ["--output_dir", "out", "--report_to", "none"], "AdversarialTrainer made no attacked training step."),
-        ("import sys; sys.exit(3)", [], None),
-        ("import torch", ["--adv_epsilon=-1", "--adv_norm", "l7"], "- adv_norm must be one of l2"),
+        pytest.param("import sys; sys.exit(3)", [], None, marks=pytest.mark.slow),
+        pytest.param(
+            "import torch",
+            ["--adv_epsilon=-1", "--adv_norm", "l7"],
+            "- adv_norm must be one of l2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_that_attacks_nothing_is_an_error(tmp_path, monkeypatch, code, words, message):
