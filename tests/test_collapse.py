@@ -283,7 +283,13 @@ SITUATIONS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, and those of autocast in transformers 4.46
-@pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("accumulation", "bf16", "a line a step") else pytest.mark.slow)
+        for name in SITUATIONS
+    ],
+)
 def test_both_are_told_apart_in_every_situation(tmp_path, caplog, name):
     data = easy()
     model = learned(tmp_path, data)

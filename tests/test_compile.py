@@ -82,7 +82,16 @@ CASES = {
 }
 
 
-SLOW = ("adversarial examples alone", "a late start and a rise", "accumulation", "checkpointing", "bf16", "noise")
+SLOW = (
+    "adversarial examples alone",
+    "a late start and a rise",
+    "accumulation",
+    "checkpointing",
+    "bf16",
+    "noise",
+    "pgd",
+)
+SLOW += ("every second step", "fgm, vocabulary")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])

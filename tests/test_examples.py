@@ -156,8 +156,9 @@ def test_an_output_folder_with_content_is_not_overwritten_unasked(world):
 # Without a network ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["run_glue.py", pytest.param("run_glue_no_trainer.py", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("missing", ["model", pytest.param("data set", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["run_glue.py", "run_glue_no_trainer.py"])
+@pytest.mark.parametrize("missing", ["model", "data set"])
 def test_a_hub_name_without_a_network_is_one_sentence(world, script, missing):
     train = ["--do_train", "--report_to", "none"] if script == "run_glue.py" else []
     data = ["--train_file", world / "single.csv", "--validation_file", world / "single.csv"]
