@@ -55,6 +55,8 @@ def run(world, data, *words):
     return json.loads((world / "out" / "report.json").read_text())
 
 
+# Of datasets 2, which leaves files open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("data", ["data.jsonl", "data.csv", "data.tsv"])
 def test_the_figures_are_those_of_an_evaluation(world, data, capsys):
     found = run(world, data, "--epsilons", "0.1", "0.5", "--samples", "100")

@@ -114,7 +114,7 @@ def test_no_column_of_a_targeted_attack_reaches_the_model():
     assert list(measure(Strict(model), data, attacks, (0.1,)).scores) == ["noise", "fgm", "it"]
     with pytest.raises(ValueError, match="need names of their own; found it, it"):
         measure(model, data, [attacks[2], attacks[2]], (0.1,))
-    assert measure(model, data, "strong", (0.0,)).masking == ()
+    assert measure(*model_and_data(size=6), "strong", (0.0,)).masking == ()
 
 
 class Masked(Wrapped):

@@ -289,9 +289,10 @@ def test_a_language_model_is_measured_as_its_own_loss_is(name, head, wrapped):
     """Of BART's decoder labels are not shifted; peft says nothing of the kind of model."""
     import peft
 
-    model = headed(name, head)
+    # In float32: BART's mask overflows in float64 in transformers 4.46.
+    model = headed(name, head).float()
     if wrapped:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).double()
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     data = data_of("causal", model, size=4)
     report = measure(model, data, [FGM()], (0.1,), batch_size=1)
     with torch.no_grad():
@@ -299,7 +300,7 @@ def test_a_language_model_is_measured_as_its_own_loss_is(name, head, wrapped):
     shift = 1 if name == "llama" else 0
     tokens = [int((batch["labels"][:, shift:] != -100).sum()) for batch in batches(data, 1)]
     mean = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
-    assert report.clean == pytest.approx(mean, rel=1e-5)
+    assert report.clean == pytest.approx(mean, rel=1e-4)
 
 
 def test_a_task_of_ones_own():
