@@ -242,6 +242,8 @@ def write_results(args: DemoArguments, runs: dict[int, Run], changed: Changed | 
     with (folder / "table.md").open("w", encoding="utf-8") as file:
         Console(file=file, width=200).print(table(runs, box.MARKDOWN))
     console = Console()
+    # Where there is no terminal it takes 80 columns, and the table has more.
+    console.width = max(console.width, 112)
     console.print(table(runs), note(args, runs), sep="\n")
     if changed is not None:
         console.print(letters(changed))
