@@ -50,7 +50,7 @@ from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
 from fgm_trainer.attacks import PGD, Step
 from fgm_trainer.engine.driver import unit_of
 from fgm_trainer.perturbation.targets import find_target
-from fgm_trainer.robustness.evaluate import evaluating, passes_of
+from fgm_trainer.robustness.passes import evaluating, passes_of
 
 LISTED: dict[str, Any] = {"nargs": "+"}
 
@@ -301,6 +301,13 @@ def known(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def add(path: Path, line: dict[str, Any]) -> None:
+    """One more line; prints what is short of it."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print({key: value for key, value in line.items() if key not in ("loss", "report")}, flush=True)
+
+
 def main() -> None:
     """All runs that are not there yet."""
     (args,) = HfArgumentParser(DefaultsArguments).parse_args_into_dataclasses()
@@ -332,9 +339,7 @@ def main() -> None:
         line = asdict(run) | measure(args, trained, task, collate) | said
         if math.isnan(line["clean"]):
             line |= {"clean": 0.0, "collapsed": True}
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print({k: v for k, v in line.items() if k != "loss"}, flush=True)
+        add(path, line)
 
 
 if __name__ == "__main__":

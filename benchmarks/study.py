@@ -9,9 +9,9 @@ not made again. Epsilons are in units of the mean norm of a token's embedding.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, DataCollatorForTokenClassification, Data
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from defaults import DefaultsArguments, Run, Task, answers, batches, encode, known, load_task, train
+from defaults import DefaultsArguments, Run, Task, add, answers, batches, encode, known, load_task, train
 from demo import by_length
 from reviews import load_reviews, pretrained_model
 
@@ -165,16 +165,10 @@ def main() -> None:
         return tables(known(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(pretrained_model())
-    for name in args.tasks:
-        for seed in args.seeds:
-            for method in args.methods:
-                sought = {"task": name, "seed": seed, "method": method, "rows": args.rows, "rate": args.rate}
-                if any(sought.items() <= line.items() for line in known(path)):
-                    continue
-                line = line_of(args, name, method, seed, tokenizer)
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print({key: value for key, value in line.items() if key != "report"}, flush=True)
+    for name, seed, method in product(args.tasks, args.seeds, args.methods):
+        sought = {"task": name, "seed": seed, "method": method, "rows": args.rows, "rate": args.rate}
+        if not any(sought.items() <= line.items() for line in known(path)):
+            add(path, line_of(args, name, method, seed, tokenizer))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from datasets import DatasetDict, load_dataset
+import torch
+from json_lines import FileArguments, load, train_and_evaluate
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -21,23 +21,15 @@ from transformers import (
 )
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer.robustness import EPSILONS, print_robustness
-from fgm_trainer.robustness.tasks import IGNORED, entities
+from fgm_trainer.robustness.tasks import IGNORED, Tags
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(FileArguments):
     """Model, data and evaluation."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or name of the pretrained model."})
-    train_file: str = field(metadata={"help": "JSON lines: `tokens` and `ner_tags`, as many of one as of the other."})
-    validation_file: str = field(metadata={"help": "The same, for evaluation."})
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Folder or name of the pretrained model."})
     max_seq_length: int = field(default=128, metadata={"help": "Longest input, in the model's tokens."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first of them only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first of them only."})
-    eval_robustness: bool = field(default=False, metadata={"help": "Evaluate under attack."})
-    robustness_attacks: str = field(default="quick", metadata={"help": "quick or strong."})
-    robustness_epsilons: list[float] = field(default_factory=lambda: list(EPSILONS), metadata={"help": "Their sizes."})
 
 
 def main() -> None:
@@ -65,24 +57,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=lambda prediction: figures(prediction, labels),
     )
-    if args.do_train:
-        trainer.save_metrics("train", trainer.train().metrics)
-        trainer.save_model()
-        trainer.save_state()
-    if args.do_eval:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if script.eval_robustness:
-        report = trainer.evaluate_robustness(attacks=script.robustness_attacks, epsilons=script.robustness_epsilons)
-        print_robustness(report)
-        trainer.save_metrics("robust", report.metrics())
-
-
-def load(script: ScriptArguments) -> DatasetDict:
-    """Both files, shortened as the flags ask for."""
-    raw = load_dataset("json", data_files={"train": script.train_file, "validation": script.validation_file})
-    for split, most in (("train", script.max_train_samples), ("validation", script.max_eval_samples)):
-        raw[split] = raw[split].select(range(min(most or len(raw[split]), len(raw[split]))))
-    return raw
+    train_and_evaluate(trainer, script)
 
 
 def encode(rows: dict[str, Any], args: tuple[Any, list[str], ScriptArguments]) -> Any:
@@ -98,15 +73,10 @@ def encode(rows: dict[str, Any], args: tuple[Any, list[str], ScriptArguments]) -
 
 
 def figures(prediction: Any, labels: list[str]) -> dict[str, float]:
-    """Accuracy of tokens, F1 of entities."""
-    predicted, true = prediction.predictions.argmax(-1), prediction.label_ids
-    named = [
-        [entities([labels[tag] for tag in row[of != IGNORED]]) for row, of in zip(rows, true, strict=True)]
-        for rows in (predicted, true)
-    ]
-    hits, total = sum(len(a & b) for a, b in zip(*named, strict=True)), sum(len(e) for rows in named for e in rows)
-    accuracy = float(np.mean((predicted == true)[true != IGNORED]))
-    return {"token_accuracy": accuracy, "entity_f1": 2 * hits / total if total else 1.0}
+    """Accuracy of texts and of tokens, F1 of entities: those of the evaluation under attack."""
+    task, batch = Tags(dict(enumerate(labels))), {"labels": torch.as_tensor(prediction.label_ids)}
+    outcome = task.judge({"logits": torch.as_tensor(prediction.predictions)}, batch)
+    return task.figures([outcome], [batch["labels"]])
 
 
 if __name__ == "__main__":

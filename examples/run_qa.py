@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from datasets import load_dataset
+import torch
+from json_lines import FileArguments, load, train_and_evaluate
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -23,32 +23,23 @@ from transformers import (
 )
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer.robustness import EPSILONS, print_robustness
+from fgm_trainer.robustness.tasks import Spans
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(FileArguments):
     """Model, data and evaluation."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or name of the pretrained model."})
-    train_file: str = field(metadata={"help": "JSON lines: `question`, `context`, `answers` (`text`, `answer_start`)."})
-    validation_file: str = field(metadata={"help": "The same, for evaluation."})
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Folder or name of the pretrained model."})
     max_seq_length: int = field(default=384, metadata={"help": "Tokens of a window: question and context."})
     doc_stride: int = field(default=128, metadata={"help": "Tokens that a window has in common with the next."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first questions only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first questions only."})
-    eval_robustness: bool = field(default=False, metadata={"help": "Evaluate under attack."})
-    robustness_attacks: str = field(default="quick", metadata={"help": "quick or strong."})
-    robustness_epsilons: list[float] = field(default_factory=lambda: list(EPSILONS), metadata={"help": "Their sizes."})
 
 
 def main() -> None:
     """Runs what the flags ask for."""
     script, args = HfArgumentParser((ScriptArguments, AdversarialTrainingArguments)).parse_args_into_dataclasses()
     set_seed(args.seed)
-    raw = load_dataset("json", data_files={"train": script.train_file, "validation": script.validation_file})
-    for split, most in (("train", script.max_train_samples), ("validation", script.max_eval_samples)):
-        raw[split] = raw[split].select(range(min(most or len(raw[split]), len(raw[split]))))
+    raw = load(script)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     columns = raw["train"].column_names
     data = raw.map(windows, batched=True, remove_columns=columns, fn_kwargs={"tokenizer": tokenizer, "script": script})
@@ -62,16 +53,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=figures,
     )
-    if args.do_train:
-        trainer.save_metrics("train", trainer.train().metrics)
-        trainer.save_model()
-        trainer.save_state()
-    if args.do_eval:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if script.eval_robustness:
-        report = trainer.evaluate_robustness(attacks=script.robustness_attacks, epsilons=script.robustness_epsilons)
-        print_robustness(report)
-        trainer.save_metrics("robust", report.metrics())
+    train_and_evaluate(trainer, script)
 
 
 def windows(rows: dict[str, Any], tokenizer: Any, script: ScriptArguments) -> Any:
@@ -101,15 +83,15 @@ def windows(rows: dict[str, Any], tokenizer: Any, script: ScriptArguments) -> An
 
 
 def figures(prediction: Any) -> dict[str, float]:
-    """Exact match and F1 of tokens, of the best span of each window."""
-    exact, f1 = [], []
-    for start, end, *true in zip(*prediction.predictions, *prediction.label_ids, strict=True):
-        scores = start[:, None] + end[None, :]
-        best = np.unravel_index(np.where(np.tri(len(start), k=-1), -np.inf, scores).argmax(), scores.shape)
-        shared = max(0, min(best[1], true[1]) - max(best[0], true[0]) + 1)
-        exact.append(tuple(best) == tuple(true))
-        f1.append(2 * shared / (best[1] - best[0] + true[1] - true[0] + 2))
-    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
+    """Exact match and F1 of tokens of the best span of each window: those of the evaluation under attack."""
+    names = ("start_logits", "end_logits"), ("start_positions", "end_positions")
+    values = (prediction.predictions, prediction.label_ids)
+    outputs, batch = (
+        {name: torch.as_tensor(each) for name, each in zip(of, given, strict=True)}
+        for of, given in zip(names, values, strict=True)
+    )
+    task = Spans()
+    return task.figures([task.judge(outputs, batch)], [task.labels(batch)])
 
 
 if __name__ == "__main__":

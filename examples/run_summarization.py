@@ -13,29 +13,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import load_dataset
+from json_lines import FileArguments, load, train_and_evaluate
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser, set_seed
 
 from fgm_trainer import AdversarialSeq2SeqTrainer, AdversarialSeq2SeqTrainingArguments
-from fgm_trainer.robustness import EPSILONS, print_robustness
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(FileArguments):
     """Model, data and evaluation."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or name of the pretrained model."})
-    train_file: str = field(metadata={"help": "JSON lines with the two columns."})
-    validation_file: str = field(metadata={"help": "The same, for evaluation."})
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Folder or name of the pretrained model."})
     text_column: str = field(default="text", metadata={"help": "The column of what is summarized."})
     summary_column: str = field(default="summary", metadata={"help": "The column of the summary."})
     source_prefix: str = field(default="", metadata={"help": "In front of every text, such as `summarize: ` for T5."})
     max_source_length: int = field(default=512, metadata={"help": "Longest text, in tokens."})
     max_target_length: int = field(default=64, metadata={"help": "Longest summary, in tokens."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first texts only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first texts only."})
-    eval_robustness: bool = field(default=False, metadata={"help": "Loss and perplexity under attack."})
-    robustness_epsilons: list[float] = field(default_factory=lambda: list(EPSILONS), metadata={"help": "Their sizes."})
 
 
 def main() -> None:
@@ -44,9 +37,7 @@ def main() -> None:
     script, args = parser.parse_args_into_dataclasses()
     args.generation_max_length = args.generation_max_length or script.max_target_length
     set_seed(args.seed)
-    raw = load_dataset("json", data_files={"train": script.train_file, "validation": script.validation_file})
-    for split, most in (("train", script.max_train_samples), ("validation", script.max_eval_samples)):
-        raw[split] = raw[split].select(range(min(most or len(raw[split]), len(raw[split]))))
+    raw = load(script)
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     model = AutoModelForSeq2SeqLM.from_pretrained(script.model_name_or_path)
     columns = raw["train"].column_names
@@ -60,16 +51,7 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=(lambda found: figures(found, tokenizer)) if args.predict_with_generate else None,
     )
-    if args.do_train:
-        trainer.save_metrics("train", trainer.train().metrics)
-        trainer.save_model()
-        trainer.save_state()
-    if args.do_eval:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if script.eval_robustness:
-        report = trainer.evaluate_robustness(epsilons=script.robustness_epsilons)
-        print_robustness(report)
-        trainer.save_metrics("robust", report.metrics())
+    train_and_evaluate(trainer, script)
 
 
 def encode(rows: dict[str, Any], tokenizer: Any, script: ScriptArguments) -> Any:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Sentence embeddings: sentence-transformers' trainer, attacked, on pairs with a similarity, as of the STS benchmark.
 
-Evaluated are Spearman's correlation with the similarities, and retrieval: how often the nearest `sentence2` of all is
-the one that belongs to a `sentence1`, as it is and with typing errors.
+Evaluated are Spearman's correlation with the similarities, and retrieval among pairs that mean the same: how often the
+nearest `sentence2` is the one that belongs to a `sentence1`, as it is, perturbed, and with typing errors.
 
 Example: python train_embedder.py --model_name_or_path MODEL --train_file train.jsonl
 --validation_file validation.jsonl --adv_epsilon auto --do_train --do_eval --eval_robustness --output_dir runs/embedder
@@ -13,9 +13,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from datasets import Dataset, load_dataset
+from json_lines import FileArguments, load, train_and_evaluate
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.util import cos_sim
 from transformers import HfArgumentParser, set_seed
 
 from fgm_trainer import AdversarialArguments, AdversarialTrainerMixin
@@ -30,16 +29,11 @@ except ImportError:  # sentence-transformers 5
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(FileArguments):
     """Model, data and evaluation."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or name of the pretrained model."})
-    train_file: str = field(metadata={"help": "JSON lines: `sentence1`, `sentence2`, `label` from 0 to 5."})
-    validation_file: str = field(metadata={"help": "The same, for evaluation."})
+    model_name_or_path: str = field(kw_only=True, metadata={"help": "Folder or name of the pretrained model."})
     max_seq_length: int | None = field(default=None, metadata={"help": "Longest sentence in tokens; the model's own."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first pairs only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first pairs only."})
-    eval_robustness: bool = field(default=False, metadata={"help": "Retrieval with and without typing errors."})
     typing_errors: float = field(default=0.3, metadata={"help": "The share of a query's words that have one."})
 
 
@@ -56,41 +50,28 @@ def main() -> None:
     """Runs what the flags ask for."""
     script, args = HfArgumentParser((ScriptArguments, Training)).parse_args_into_dataclasses()
     set_seed(args.seed)
-    raw = load_dataset("json", data_files={"train": script.train_file, "validation": script.validation_file})
-    for split, most in (("train", script.max_train_samples), ("validation", script.max_eval_samples)):
-        raw[split] = raw[split].select(range(min(most or len(raw[split]), len(raw[split]))))
+    raw = load(script)
     raw = raw.map(lambda row: {"score": row["label"] / 5}, remove_columns="label")
     model = SentenceTransformer(script.model_name_or_path)
     model.max_seq_length = script.max_seq_length or model.max_seq_length
+    pairs = raw["validation"]
     trainer = AdversarialSentenceTransformerTrainer(
-        model=model, args=args, train_dataset=raw["train"], loss=CosineSimilarityLoss(model)
+        model=model,
+        args=args,
+        train_dataset=raw["train"],
+        eval_dataset=pairs,
+        loss=CosineSimilarityLoss(model),
+        evaluator=EmbeddingSimilarityEvaluator(pairs["sentence1"], pairs["sentence2"], pairs["score"]),
     )
-    if args.do_train:
-        trainer.save_metrics("train", trainer.train().metrics)
-        trainer.save_model()
-        trainer.save_state()
-    pairs, figures = raw["validation"], {}
-    if args.do_eval:
-        similarity = EmbeddingSimilarityEvaluator(pairs["sentence1"], pairs["sentence2"], pairs["score"])
-        figures |= {f"eval_{name}": value for name, value in similarity(model).items()}
+    # Pairs that mean the same: a sentence should find its other half.
+    same = [{"query": p["sentence1"], "text": p["sentence2"]} for p in pairs if p["score"] >= 0.8]
+    train_and_evaluate(trainer, script, same)
     if script.eval_robustness:
-        figures |= retrieval(model, pairs, script.typing_errors, args.seed)
-    trainer.log_metrics("eval", figures)
-    trainer.save_metrics("eval", figures)
-
-
-def retrieval(model: SentenceTransformer, pairs: Dataset, share: float, seed: int) -> dict[str, float]:
-    """How often the nearest second sentence is the right one, of pairs that mean the same (a similarity of 4 to 5)."""
-    documents = list(dict.fromkeys(pairs["sentence2"]))
-    same = {pair["sentence1"]: documents.index(pair["sentence2"]) for pair in pairs if pair["score"] >= 0.8}
-    draw = random.Random(seed)
-    queries = {"clean": list(same), "typing_errors": [mistyped(query, share, draw) for query in same]}
-    found = {"robust_queries": float(len(same)), "robust_documents": float(len(documents))}
-    for name, texts in queries.items():
-        nearest = cos_sim(model.encode(texts), model.encode(documents)).argmax(1).tolist()
-        right = sum(a == b for a, b in zip(nearest, same.values(), strict=True))
-        found[f"robust_recall_at_1_{name}"] = right / max(len(same), 1)
-    return found
+        draw = random.Random(args.seed)
+        changed = [row | {"query": mistyped(row["query"], script.typing_errors, draw)} for row in same]
+        found = {"robust_typing_errors": trainer.evaluate_robustness(changed, epsilons=[0.0]).clean}
+        trainer.log_metrics("robust", found)
+        trainer.save_metrics("robust", found)
 
 
 def mistyped(text: str, share: float, draw: random.Random) -> str:

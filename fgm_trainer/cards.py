@@ -51,14 +51,7 @@ def _settings(plan: Plan, scope: str) -> str:
 
 
 def _section(name: str, report: RobustnessReport) -> str:
-    heads = ["attack", "clean", *(f"epsilon {e:g}" for e in report.epsilons)]
-    rows = []
-    for attack, scores in report.scores.items():
-        cells = [f"{score:.4g}" for score in (report.clean, *scores)]
-        if report.is_share:
-            bounds = [*report.intervals(), *report.intervals(attack)]
-            cells = [f"{cell} ({low:.3f} to {high:.3f})" for cell, (low, high) in zip(cells, bounds, strict=True)]
-        rows.append([attack, *cells])
+    heads, *rows = report.table()
     text = _table(f"Robustness{f' on {name}' if name else ''}", heads, rows)
     of = f"{report.metric.replace('_', ' ').capitalize()} of {report.examples} examples"
     text += f"\n{of}{', with 95 % intervals' if report.is_share else ''}; epsilon is the length of the perturbation.\n"

@@ -11,8 +11,8 @@ from fgm_trainer.attacks import Step
 from fgm_trainer.perturbation.clipping import valid_range
 from fgm_trainer.perturbation.targets import find_target
 from fgm_trainer.robustness import Foolbox, evaluate_robustness
-from fgm_trainer.robustness.evaluate import evaluating, passes_of
 from fgm_trainer.robustness.foolbox import _FromValue
+from fgm_trainer.robustness.passes import evaluating, passes_of
 
 foolbox = pytest.importorskip("foolbox", reason="`make test-slow` installs it")
 pytestmark = [

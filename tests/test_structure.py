@@ -49,7 +49,20 @@ INSIDE = {
         "targets",
     ],
     "engine": ["schedule", "dropout", "accelerate", "running_pass", "driver", "guessing", "controller", "kept"],
-    "robustness": ["tasks", "report", "ensemble", "foolbox", "evaluate", "embedders", "radius", "text", "plotting"],
+    "robustness": [
+        "tasks",
+        "report",
+        "data",
+        "passes",
+        "ensemble",
+        "foolbox",
+        "evaluate",
+        "embedders",
+        "radius",
+        "candidates",
+        "text",
+        "plotting",
+    ],
 }
 
 

@@ -1,5 +1,6 @@
 """How robust a model is."""
 
+from .candidates import NearestTokens, characters
 from .embedders import evaluate_embedder
 from .ensemble import Ensemble, Member, strong
 from .evaluate import ATTACKS_TO_TRY, EPSILONS, evaluate_robustness
@@ -8,7 +9,7 @@ from .plotting import plot_robustness, print_robustness
 from .radius import RadiusReport, smallest_epsilons
 from .report import Difference, RobustnessReport, compare
 from .tasks import Outcome, Task
-from .text import NearestTokens, TextReport, attack_texts, characters, print_texts
+from .text import TextReport, attack_texts, print_texts
 
 __all__ = [
     "ATTACKS_TO_TRY",

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, normalize
 
-from .evaluate import EPSILONS, eval_mode, evaluate_robustness
+from .data import on_device
+from .evaluate import EPSILONS, evaluate_robustness
+from .passes import eval_mode
 from .report import RobustnessReport
 from .tasks import Numbers, Outcome, Task, output
 
@@ -77,7 +79,8 @@ def evaluate_embedder(
 
     with eval_mode(model), torch.no_grad():
         parts = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-        found = [_embeddings(model, batch_of([{second: text} for text in part], second))[0] for part in parts]
+        batches = (on_device(batch_of([{second: text} for text in part], second), model) for part in parts)
+        found = [_embeddings(model, batch)[0] for batch in batches]
     search = _Search(model, torch.cat(found))
     return evaluate_robustness(search, rows, attacks, epsilons, collate_fn=asked, task=Ranks(), **settings)
 
@@ -127,13 +130,12 @@ class _Search(nn.Module):
 
 def _embeddings(model: nn.Module, columns: Mapping[str, Tensor]) -> list[Tensor]:
     """Of each column of a batch, (examples, dimension)."""
-    device = next(model.parameters()).device
     names = [name.removesuffix(_IDS) for name in columns if name.endswith(_IDS)]
     features: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for key, value in columns.items():
         # The longest name that fits: one may be the beginning of another.
         name = max((n for n in names if key.startswith(f"{n}_")), key=len)
-        features[name][key.removeprefix(f"{name}_")] = value.to(device)
+        features[name][key.removeprefix(f"{name}_")] = value
     return [model(given)["sentence_embedding"] for given in features.values()]
 
 

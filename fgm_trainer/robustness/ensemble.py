@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import PGD, Attack, Noise
+from .passes import LossOf
 from .report import RobustnessReport, mcnemar
 
 LOSSES = ("own", "margin", "targeted")
-# (model, inputs) -> (loss, outputs).
-LossOf = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from itertools import count, islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from ..attacks import FGM, PGD, Attack, Noise, Step
-from ..engine.accelerate import Engine, gathered
-from ..engine.driver import Driver, unit_of
-from ..engine.running_pass import RunningPass
-from ..perturbation.batches import rows_of, without_column
+from ..engine.accelerate import gathered
+from ..engine.driver import unit_of
+from ..perturbation.batches import rows_of
 from ..perturbation.target import Target
 from ..perturbation.targets import find_target
-from .ensemble import Ensemble, LossOf, signs_of_masking, strong
+from .data import bar, batches_of, on_device
+from .ensemble import Ensemble, signs_of_masking, strong
 from .foolbox import Foolbox
+from .passes import LossOf, evaluating, passes_of
 from .report import RobustnessReport
-from .tasks import IGNORED, Outcome, Task, rows_in, task_of
+from .tasks import Outcome, Task, rows_in, task_of
 
 AnyAttack = Attack | Ensemble | Foolbox
 ATTACKS_TO_TRY: tuple[Attack, ...] = (Noise(), FGM(), PGD(steps=10))
@@ -225,51 +221,6 @@ class Evaluation:
         return now.with_rows(standing, own)
 
 
-def passes_of(
-    model: nn.Module,
-    place: Target,
-    batch: Mapping[str, Any],
-    attack: Attack,
-    step: Step,
-    scope: str,
-    loss_of: LossOf | None = None,
-) -> list[RunningPass]:
-    """The passes of a step of the attack, the last of them the perturbed one that it would train on.
-
-    Args:
-        model: the model, in whatever mode it shall be.
-        place: its target, attached.
-        batch: the model's inputs, and the column that a targeted attack reads.
-        attack: the attack.
-        step: its epsilon and seed.
-        scope: over which entries norms are taken.
-        loss_of: (model, inputs) -> (loss, outputs); None for the model's own loss.
-
-    Returns:
-        The passes: what each reported as its loss, its outputs, and the calls of its target. No gradient is left
-        anywhere.
-    """
-
-    def run_pass(running: RunningPass, called: nn.Module, inputs: Any) -> Tensor:
-        loss, _ = running.measure(lambda own: (loss_of or model_loss)(called, own), inputs)
-        running.backward(loss, Tensor.backward)
-        return loss.detach()
-
-    attack = attack.on_all()
-    plain = replace(attack, weight=1.0) if attack.clean_weight else replace(attack, weight=1.0, clean_weight=1.0)
-    driver = Driver(plain, place, scope, Engine(None, model, model), trains=False)
-    return driver.run(step, without_column(batch, attack.targeted), run_pass, batch)
-
-
-def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """The model's own loss and its outputs. Raises ValueError where it returns no loss."""
-    outputs = model(**batch)
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-    if not isinstance(loss, Tensor) or loss.dim():
-        raise ValueError(f"{type(model).__name__} returned no loss for a batch of: {', '.join(batch)}. Has it labels?")
-    return loss, outputs
-
-
 def _report(task: Task, found: Sequence[_Found], grid: tuple[float, ...]) -> RobustnessReport:
     clean, labels = [each.clean for each in found], [each.labels for each in found]
     scores = {name: [[each.scores[name][i] for each in found] for i in range(len(grid))] for name in found[0].scores}
@@ -337,97 +288,3 @@ def _names(attacks: Sequence[AnyAttack]) -> list[str]:
         n if names.count(n) == 1 or not isinstance(a, Attack) else f"{n} ({a.norm}, {a.scope or 'example'}, #{i})"
         for i, (n, a) in enumerate(zip(names, attacks, strict=True))
     ]
-
-
-def batches_of(dataset: Any, size: int, collate_fn: Any, seed: int = 0) -> Iterator[Mapping[str, Any]]:
-    """The examples of a data set that have a label, in order, collated; `seed` is of what that draws, such as masks."""
-    if collate_fn is None:
-        from transformers import default_data_collator as collate_fn
-    examples = iter(dataset) if _is_stream(dataset) else (dataset[i] for i in range(len(dataset)))
-    for number in count():
-        chunk = list(islice(examples, size))
-        if not chunk:
-            return
-        with _seeded(seed + number):
-            batch = collate_fn(chunk)
-        if not {"labels", "start_positions"} & set(batch):
-            raise ValueError(f"Robustness needs `labels` in every batch; found {', '.join(batch)}.")
-        labelled = _labelled(batch)
-        if labelled is None or labelled.all():
-            yield batch
-        elif labelled.any():
-            yield rows_of(batch, labelled.nonzero().flatten(), len(labelled))
-
-
-def _labelled(batch: Mapping[str, Any]) -> Tensor | None:
-    """Which examples have a label; None where each has."""
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.dim():
-        return None
-    return (labels != IGNORED).view(len(labels), -1).any(1)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The global random numbers of a CPU start from a seed, and are as before afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def _is_stream(dataset: Any) -> bool:
-    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    return isinstance(dataset, IterableDataset) or not indexed
-
-
-def bar(items: Iterable[Any], progress: bool, label: str, total: int | None = None) -> Any:
-    """The items, under a progress bar where one is wanted."""
-    if not progress:
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=label, total=total)
-
-
-def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The batch where the model is."""
-    device = next(model.parameters()).device
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def evaluating(model: nn.Module, place: Target, clip: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
-    """Eval mode, hooks and a valid range; every module's own mode, no hooks and the target's own range afterwards."""
-    before, called, own = place.model, place.called, place.clip
-    attached = before is model
-    with eval_mode(model):
-        try:
-            place.clip = own if clip is None else clip
-            if not attached:
-                place.attach(model)
-            yield
-        finally:
-            place.clip = own
-            if not attached:
-                place.detach()
-                if before is not None:
-                    place.attach(before, called)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.dropout import random_state_kept
 from ..perturbation.clipping import fitted, within
 from ..perturbation.forward_pass import PerturbedForward
 from ..perturbation.target import Target
@@ -54,7 +55,8 @@ class Foolbox:
         if labels.is_floating_point():
             raise ValueError(f"foolbox attacks classifiers; here labels are numbers ({labels.dtype}).")
         function = _FromValue(model, place, batch)
-        with _weights_frozen(model), torch.enable_grad(), _seeded(seed, labels.device):
+        with _weights_frozen(model), torch.enable_grad(), random_state_kept(labels.device):
+            torch.manual_seed(seed)
             found = self._found(function, function.clean, labels, epsilon)
             return function.outputs(found)
 
@@ -129,10 +131,3 @@ def _weights_frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
-        torch.manual_seed(seed)
-        yield

@@ -62,18 +62,13 @@ def print_robustness(report: RobustnessReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    (first, *others), *rows = report.table()
     table = Table(title=f"{report.metric.replace('_', ' ')} of {report.examples} examples")
-    for head in ("attack", "clean", *(f"epsilon {e:g}" for e in report.epsilons)):
-        table.add_column(head, justify="left" if head == "attack" else "right")
-    for attack, scores in report.scores.items():
-        cells = [f"{score:.4f}" for score in (report.clean, *scores)]
-        if report.is_share:
-            bounds = [*report.intervals(), *report.intervals(attack)]
-            cells = [f"{cell} ({low:.3f}-{high:.3f})" for cell, (low, high) in zip(cells, bounds, strict=True)]
-        table.add_row(attack, *cells)
-        for name, rows in report.further.items():
-            figures = (report.clean_further[name], *rows[attack])
-            table.add_row(f"  {name.replace('_', ' ')}", *(f"{figure:.4f}" for figure in figures))
+    table.add_column(first)
+    for head in others:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
     console = Console()
     # What is cut off at the right can't be had otherwise.
     console.width = max(console.width, 26 * len(table.columns))

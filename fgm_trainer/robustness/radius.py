@@ -15,7 +15,9 @@ from ..engine.driver import unit_of
 from ..perturbation.batches import examples_in, rows_of
 from ..perturbation.target import Target
 from ..perturbation.targets import find_target
-from .evaluate import Evaluation, bar, batches_of, evaluating, on_device, passes_of
+from .data import bar, batches_of, on_device
+from .evaluate import Evaluation
+from .passes import evaluating, passes_of
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,20 @@ class RobustnessReport:
         scores = (self.clean,) if attack is None else self.scores[attack]
         return [wilson(score, self.examples) for score in scores]
 
+    def table(self) -> list[list[str]]:
+        """The heads, and a row an attack and figure; shares of examples with their 95 % intervals."""
+        rows = [["attack", "clean", *(f"epsilon {e:g}" for e in self.epsilons)]]
+        for attack, scores in self.scores.items():
+            cells = [f"{score:.4f}" for score in (self.clean, *scores)]
+            if self.is_share:
+                bounds = [*self.intervals(), *self.intervals(attack)]
+                cells = [f"{cell} ({low:.3f}-{high:.3f})" for cell, (low, high) in zip(cells, bounds, strict=True)]
+            rows.append([attack, *cells])
+            for name, of in self.further.items():
+                figures = (self.clean_further[name], *of[attack])
+                rows.append([f"  {name.replace('_', ' ')}", *(f"{figure:.4f}" for figure in figures)])
+        return rows
+
     def metrics(self, prefix: str = "robust") -> dict[str, float]:
         """The report as flat figures by name, such as `robust_pgd-10_0.2`, for logs and `all_results.json`.
 
