@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..attacks import FGM, PGD, Attack, Noise, Step
 from ..engine.accelerate import gathered
 from ..engine.driver import unit_of
-from ..perturbation.batches import rows_of
+from ..perturbation.batches import examples_in, rows_of
 from ..perturbation.target import Target
 from ..perturbation.targets import find_target
 from .data import bar, batches_of, on_device
@@ -177,48 +177,31 @@ class Evaluation:
         """The outcome at this epsilon: the examples that could be worse are attacked, the others stay as they are."""
         if epsilon == 0:
             return now
-        if isinstance(attack, Attack):
-            return self._after(batch, attack, epsilon, now, seed)
-        if isinstance(attack, Foolbox):
-            return self._after_foolbox(batch, attack, epsilon, now, seed)
-        for number, (each, loss_of) in enumerate(attack.runs(self.task.classes)):
-            now = self._after(batch, each, epsilon, now, seed + 1000 * number, loss_of, at_any_pass=True)
+        runs = attack.runs(self.task.classes) if isinstance(attack, Ensemble) else [(attack, None)]
+        for number, (each, loss_of) in enumerate(runs):
+            standing = (now.error < self.task.worst).nonzero().flatten()
+            if not len(standing):
+                break
+            others = self._columns - {getattr(each, "targeted", None)}
+            part = rows_of({k: v for k, v in batch.items() if k not in others}, standing, len(now.right))
+            own = now.rows(standing)
+            # Of an ensemble any iterate counts.
+            found = self._outputs(part, each, epsilon * self._unit, seed + 1000 * number, loss_of)
+            for outputs in found if isinstance(attack, Ensemble) else found[-1:]:
+                own = own.worse_of(self.task.judge(outputs, part))
+            now = now.with_rows(standing, own)
         return now
 
-    def _after_foolbox(
-        self, batch: Mapping[str, Any], attack: Foolbox, epsilon: float, now: Outcome, seed: int
-    ) -> Outcome:
-        standing, part = self._standing(batch, now, self._columns)
-        if not len(standing):
-            return now
-        outputs = attack.outputs(self._model, self._place, part, epsilon * self._unit, seed)
-        return now.with_rows(standing, now.rows(standing).worse_of(self.task.judge(outputs, part)))
-
-    def _standing(self, batch: Mapping[str, Any], now: Outcome, columns: set[Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The examples that could be worse, by number and as a batch without some columns."""
-        standing = (now.error < self.task.worst).nonzero().flatten()
-        return standing, rows_of({k: v for k, v in batch.items() if k not in columns}, standing, len(now.right))
-
-    def _after(
-        self,
-        batch: Mapping[str, Any],
-        attack: Attack,
-        epsilon: float,
-        now: Outcome,
-        seed: int,
-        loss_of: LossOf | None = None,
-        at_any_pass: bool = False,
-    ) -> Outcome:
-        standing, part = self._standing(batch, now, self._columns - {attack.targeted})
-        if not len(standing):
-            return now
+    def _outputs(
+        self, batch: Mapping[str, Any], attack: Attack | Foolbox, epsilon: float, seed: int, loss_of: LossOf | None
+    ) -> list[Any]:
+        """What the model says of each iterate."""
+        if isinstance(attack, Foolbox):
+            return [attack.outputs(self._model, self._place, batch, epsilon, seed)]
         scope = self._place.resolve_scope(attack.scope, "example")
-        step = Step(epsilon * self._unit, seed, examples=len(standing))
-        passes = passes_of(self._model, self._place, part, attack.in_units(self._unit), step, scope, loss_of)
-        own = now.rows(standing)
-        for each in [each for each in passes if not each.is_clean] if at_any_pass else passes[-1:]:
-            own = own.worse_of(self.task.judge(each.outputs, part))
-        return now.with_rows(standing, own)
+        step = Step(epsilon, seed, examples=examples_in(batch))
+        passes = passes_of(self._model, self._place, batch, attack.in_units(self._unit), step, scope, loss_of)
+        return [each.outputs for each in passes if not each.is_clean]
 
 
 def _report(task: Task, found: Sequence[_Found], grid: tuple[float, ...]) -> RobustnessReport:
