@@ -91,6 +91,19 @@ def test_strong_is_the_worst_of_all():
     assert sum(report.scores["strong"]) < sum(report.scores["pgd-10"]) < sum(report.scores["random-20"])
 
 
+def test_of_an_ensemble_any_iterate_counts():
+    """PGD whose steps are too long comes and goes; with fewer steps it is the same up to there."""
+    model, data = model_and_data(size=40)
+    size, epsilon = 10.0, 1.0
+    short = [PGD(steps=steps, step_size=size) for steps in range(1, 5)]
+    each = [measure(model, data, [attack], (epsilon,)) for attack in short]
+    fell = [next(iter(report.fell.values())) for report in each]
+    expected = tuple(min((f for f in of if f is not None), default=None) for of in zip(*fell, strict=True))
+    report = measure(model, data, [Ensemble("it", [Member(short[-1])])], (epsilon,))
+    assert report.fell["it"] == expected
+    assert report.fell["it"] != fell[-1], "some stand at the last iterate"
+
+
 class Wrapped(nn.Module):
     def __init__(self, model):
         super().__init__()
