@@ -61,8 +61,8 @@ LOOPS = [engine for engine in SETTINGS if engine.endswith("loop")]
 TRAINERS = [engine for engine in SETTINGS if engine not in LOOPS]
 DEEPSPEED = [engine for engine in TRAINERS if engine.startswith("zero")]
 # The default suite has one group of processes for each kind of engine.
-# DeepSpeed's is that of test_launch.
-MORE = {"ddp-loop", "fully_shard-loop", "hsdp", "fsdp2-accelerate", "zero1", "zero2", "zero3", "zero3-loop"}
+# DeepSpeed's and FSDP2's are those of test_launch.
+MORE = {"fsdp2", "ddp-loop", "fully_shard-loop", "hsdp", "fsdp2-accelerate", "zero1", "zero2", "zero3", "zero3-loop"}
 
 
 def marked(engines):

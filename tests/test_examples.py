@@ -60,6 +60,7 @@ def test_the_model_card_names_the_attack_and_no_folder(trained, world):
     assert str(world) not in card
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_weights(trained, world):
     out = world / "resumed"
     run(
@@ -88,6 +89,7 @@ run_glue.main(sys.argv[1:] + ["--output_dir", "stock"])
     assert "Adversarial training" not in (world / "epsilon_0" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_regression_from_a_json_file_of_flags(world):
     out = world / "regression"
     flags = {

@@ -125,7 +125,12 @@ def test_two_processes_of_torchrun(scripts, tmp_path):
     ("code", "words", "message"),
     [
         ("import torch", [], "Nothing was attacked: no transformers Trainer was made"),
-        (STOCK, ["--output_dir", "out", "--report_to", "none"], "AdversarialTrainer made no attacked training step."),
+        pytest.param(
+            STOCK,
+            ["--output_dir", "out", "--report_to", "none"],
+            "AdversarialTrainer made no attacked training step.",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("import sys; sys.exit(3)", [], None, marks=pytest.mark.slow),
         pytest.param(
             "import torch",
