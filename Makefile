@@ -7,7 +7,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-distributed test-oldest bench bench-evaluation textattack docs check format clean
+.PHONY: demo test test-slow test-distributed test-oldest bench bench-gpu bench-evaluation textattack docs check format clean
 
 demo: $(VENV)/ready  ## train on real reviews, plainly and adversarially, and show both
 	$(RUN) examples/demo.py
@@ -26,6 +26,11 @@ test-oldest: .venv-oldest/ready  ## the suite on the oldest transformers that is
 
 bench: $(VENV)/ready  ## what a step costs beside what people use today, on this machine
 	$(RUN) benchmarks/step.py --output runs/step
+
+# Without an environment of its own: torch for CUDA is what that machine has.
+bench-gpu:  ## what a step costs on a GPU, and the tests that need one; eight minutes
+	cd benchmarks && PYTHONPATH=.. $(PYTHON) gpu.py --output ../runs/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider -n 8 tests/test_gpu.py
 
 bench-evaluation: $(VENV)/bench  ## what the evaluation costs beside foolbox
 	$(RUN) benchmarks/evaluation.py --output runs/evaluation

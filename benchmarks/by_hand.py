@@ -20,16 +20,16 @@ def by_hand(kind: type[Trainer], model: nn.Module, batch: dict[str, Any], folder
         model: whose weights; its gradients are shared too.
         batch: what every step is taken on.
         folder: where a Trainer would write.
-        **settings: `bf16`, which the arguments take, and whatever else the Trainer does, such as `attack` or
-            `optimizers`.
+        **settings: `arguments`, which `TrainingArguments` take, such as `{"bf16": True}`, and what the Trainer itself
+            takes, such as `attack` or `optimizers`.
     """
     args = TrainingArguments(
         output_dir=folder,
         max_steps=1000,
-        bf16=settings.pop("bf16", False),
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
+        **settings.pop("arguments", {}),
     )
     # The same parameters, so hooks of one trainer are not met by another.
     own = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
@@ -43,8 +43,9 @@ class ByHand:
         self.trainer, self.batch = trainer, batch
         if trainer.optimizer is None:
             trainer.create_optimizer_and_scheduler(num_training_steps=trainer.args.max_steps)
-        # Autocast comes with it.
+        # Autocast and a compiled model come with the first, a loss scale with the second.
         trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+        trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
         trainer.state.max_steps = trainer.args.max_steps
         trainer.current_gradient_accumulation_steps = 1
 

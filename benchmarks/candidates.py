@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -170,3 +171,55 @@ class Remembered(Trainer):
 
         output.register_hook(renew)
         return output
+
+
+class RememberedExample(Trainer):
+    """One pass a step: each example moves along the gradient that it had when it was last met, an epoch ago.
+
+    The same pass trains at the perturbation and renews the memory (ATTA, Zheng et al. 2020). Nothing moves in the first
+    epoch.
+    """
+
+    # The length; the part of the examples that move; how much of the last perturbation stays under the new direction.
+    epsilon = 0.2
+    share = 1.0
+    kept = 0.0
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        lookup: Any = self.model.get_input_embeddings()
+        # By an example's tokens: the direction, one row a token.
+        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._draw = random.Random(self.args.seed)
+        lookup.register_forward_hook(self._move)
+
+    def _move(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not (module.training and torch.is_grad_enabled()):
+            return None
+        keys = [tuple(row[row != 0].tolist()) for row in args[0]]
+        before = torch.zeros_like(output)
+        for number, key in enumerate(keys):
+            if key in self._known:
+                before[number, : len(key)] = self._known[key]
+        chosen = torch.tensor([self._draw.random() < self.share for _ in keys], dtype=output.dtype).view(-1, 1, 1)
+        rise = min(1.0, (self.state.global_step + 1) / (0.5 * self.state.max_steps))
+        output = output + rise * self.epsilon * chosen * before
+
+        def renew(gradient: Tensor) -> None:
+            real = gradient * (args[0] != 0).unsqueeze(-1)
+            new = unit(unit(real) + self.kept * before)
+            for number, key in enumerate(keys):
+                self._known[key] = new[number, : len(key)].clone()
+
+        output.register_hook(renew)
+        return output
+
+
+def unit(values: Tensor) -> Tensor:
+    """Each example's of length 1."""
+    return values / values.flatten(1).norm(dim=1).view(-1, 1, 1).clamp(min=1e-12)
+
+
+def remembered_example(epsilon: float, share: float = 1.0, kept: float = 0.0) -> type[Trainer]:
+    """`RememberedExample` with these settings."""
+    return type("RememberedExample", (RememberedExample,), {"epsilon": epsilon, "share": share, "kept": kept})

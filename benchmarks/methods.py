@@ -22,7 +22,16 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from by_hand import by_hand
-from candidates import ByScore, JustMoved, LeastCertain, LeastCertainBefore, LowPrecisionLook, Remembered, ShallowLook
+from candidates import (
+    ByScore,
+    JustMoved,
+    LeastCertain,
+    LeastCertainBefore,
+    LowPrecisionLook,
+    Remembered,
+    ShallowLook,
+    remembered_example,
+)
 from demo import GROUP_BY_LENGTH, by_length, encode, new_model
 from machine import machine, versions
 from reviews import load_reviews, pretrained_model
@@ -98,6 +107,10 @@ CANDIDATES: dict[str, Method] = {
 BY_MEMORY: dict[str, Method] = {
     "0.4, least certain before": Method(ByScore(), LeastCertainBefore),
     "0.4, just moved": Method(ByScore(), JustMoved),
+    "each example's, 0.2": Method(None, remembered_example(0.2)),
+    "each example's, 0.3": Method(None, remembered_example(0.3)),
+    "each example's, 0.5 of the batch, 0.3": Method(None, remembered_example(0.3, 0.5)),
+    "each example's, added up, 0.3": Method(None, remembered_example(0.3, kept=1.0)),
 }
 ALL = METHODS | CANDIDATES | BY_MEMORY
 

@@ -43,7 +43,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from machine import machine, versions
 
-from fgm_trainer import FGM, AdversarialTrainer
+from fgm_trainer import FGM, AdversarialTrainer, PartialFGM
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Shape:
         model: makes the model.
         rows, length: of the batch.
         methods: what is measured beside the stock step.
-        bf16: whether passes are under autocast.
+        precision: `fp32`, or what passes are computed in under autocast.
+        compiled: the mode of `torch.compile`, none for eager.
         seconds: after which no further round of the timing starts.
     """
 
@@ -62,13 +63,23 @@ class Shape:
     rows: int
     length: int
     methods: tuple[str, ...]
-    bf16: bool = False
+    precision: str = "fp32"
+    compiled: str = ""
     seconds: float = 25.0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What that is among `TrainingArguments`."""
+        found: dict[str, Any] = {} if self.precision == "fp32" else {self.precision: True}
+        if self.compiled:
+            found |= {"torch_compile": True, "torch_compile_mode": self.compiled}
+        return found
 
 
 METHODS = TRAININGS | {
     "fgm, example": (AdversarialTrainer, {"attack": FGM(epsilon=1.0, scope="example")}),
     "fgm, adversarial only": (AdversarialTrainer, {"attack": FGM(epsilon=1.0, clean_weight=0.0)}),
+    "partial_fgm": (AdversarialTrainer, {"attack": PartialFGM(epsilon=0.3)}),
 }
 FEW = ("fgm", "fgm in place")
 # Without anything of ours: two passes whose gradients add up, and a pass for the gradient at the embeddings alone.
@@ -117,7 +128,7 @@ def tiny() -> PreTrainedModel:
 SHAPES = {
     "minilm": Shape(minilm, 8, 64, ALL, seconds=60.0),
     "minilm, long": Shape(minilm, 4, 256, FEW),
-    "minilm, bf16": Shape(minilm, 8, 64, FEW, bf16=True),
+    "minilm, bf16": Shape(minilm, 8, 64, FEW, precision="bf16"),
     "bert-base": Shape(bert_base, 8, 32, ("fgm", "fgm, example", "fgm in place"), seconds=50.0),
     "xlm-r-base": Shape(xlmr, 8, 32, FEW),
     "llama": Shape(llama, 2, 64, FEW),
@@ -126,9 +137,9 @@ SHAPES = {
 SHAPES_ASKED_FOR = {
     "xlm-r, 2 layers": Shape(lambda: xlmr(2), 8, 32, FEW),
     "bert-base, all": Shape(bert_base, 8, 32, ALL, seconds=240.0),
-    "bert-base, bf16": Shape(bert_base, 8, 32, ALL, bf16=True, seconds=100.0),
-    "xlm-r-base, bf16": Shape(xlmr, 8, 32, FEW, bf16=True, seconds=60.0),
-    "llama, bf16": Shape(llama, 2, 64, FEW, bf16=True, seconds=60.0),
+    "bert-base, bf16": Shape(bert_base, 8, 32, ALL, precision="bf16", seconds=100.0),
+    "xlm-r-base, bf16": Shape(xlmr, 8, 32, FEW, precision="bf16", seconds=60.0),
+    "llama, bf16": Shape(llama, 2, 64, FEW, precision="bf16", seconds=60.0),
     "bert-base, long": Shape(bert_base, 2, 256, ALL, seconds=240.0),
     "tiny": Shape(tiny, 4, 8, ALL),
 }
@@ -174,7 +185,7 @@ def shape_of(name: str) -> Shape:
 def measured(name: str, args: StepArguments) -> dict[str, Any]:
     """Time and memory of one shape."""
     shape = shape_of(name)
-    figures: dict[str, Any] = {"rows": shape.rows, "length": shape.length, "bf16": shape.bf16}
+    figures: dict[str, Any] = {"rows": shape.rows, "length": shape.length, "precision": shape.precision}
     figures["time"] = timed(shape, args)
     gc.collect()
     hidden = figures["time"].pop("hidden")
@@ -195,7 +206,7 @@ def trainers(shape: Shape, methods: tuple[str, ...], folder: str) -> dict[str, B
     # What it steps by does not matter for what a step costs; the weights shall stay sane.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    parts = {"optimizers": (optimizer, schedule), "bf16": shape.bf16}
+    parts = {"optimizers": (optimizer, schedule), "arguments": shape.arguments}
     found = {m: by_hand(METHODS[m][0], model, batch, folder, **parts, **METHODS[m][1]) for m in methods}
     two, alone = REFERENCES
     references: dict[str, ByHand] = {two: Twice(found["stock"].trainer, batch)}

@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import defaults  # noqa: E402
+import gpu  # noqa: E402
 import step  # noqa: E402
 from baselines import EmbedsFreeLB, InPlaceFGM, InPlacePGD  # noqa: E402
 from by_hand import by_hand  # noqa: E402
@@ -75,16 +76,16 @@ def test_trainers_of_one_model_have_its_weights_and_hooks_of_their_own(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # transformers 4.46 calls it so
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_shape_in_bf16_is_computed_in_bf16(tmp_path, bf16):
-    shape = replace(step.shape_of("tiny"), bf16=bf16)
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_shape_in_bf16_is_computed_in_bf16(tmp_path, precision, expected):
+    shape = replace(step.shape_of("tiny"), precision=precision)
     found = step.trainers(shape, ("stock", "fgm", "fgm, adversarial only"), str(tmp_path))
     for name, one in found.items():
         types = []
         dense = one.trainer.model.bert.encoder.layer[0].intermediate.dense
         with dense.register_forward_hook(lambda module, args, output, types=types: types.append(output.dtype)):
             one.passes()
-        assert set(types) == {torch.bfloat16 if bf16 else torch.float32}, name
+        assert set(types) == {expected}, name
 
 
 @pytest.mark.parametrize(("name", "shared"), [("fgm", True), ("fgm, example", False)])
@@ -113,6 +114,30 @@ def test_the_benchmark_of_a_step_runs(tmp_path, monkeypatch):
     assert 0 < python["operations over those"] < figures["python"]["stock, two"]["operations"]
     assert (tmp_path / "step.png").stat().st_size > 10_000
     assert "| tiny | 4 x 8 | fgm |" in (tmp_path / "step.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_runs_on_a_processor(tmp_path, monkeypatch, capsys):
+    command = ["gpu.py", "--rounds", "3", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--settings", "tiny", "nothing", "tiny, bf16", "--cpu", "true"])
+    gpu.main()
+    figures = json.loads((tmp_path / "gpu.json").read_text())["settings"]
+    assert figures["nothing"]["error"] == "KeyError: 'nothing'"
+    for name in ("tiny", "tiny, bf16"):
+        found = figures[name]
+        assert found["passes"]["stock"]["median"] == 1
+        assert found["operations"]["stock"] < found["operations"]["partial_fgm"] < found["operations"]["pgd-3"]
+        assert f"| {name} | 4 x 8 | fgm |" in capsys.readouterr().out + (tmp_path / "gpu.md").read_text()
+    monkeypatch.setattr(sys, "argv", [*command, "--settings", "tiny", "--cpu", "true", "--seconds", "0"])
+    gpu.main()
+    assert "| tiny | | no time was left |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_benchmark_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="no GPU here"):
+        gpu.main()
 
 
 def test_the_least_certain_examples_are_chosen():
