@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,11 +27,26 @@ from . import __version__
 from .arguments import as_number
 from .perturbation.lookups import input_embedding, path_of
 from .perturbation.targets import find_target
-from .robustness import attack_texts, characters, evaluate_robustness, plot_robustness, print_robustness, print_texts
+from .robustness import (
+    NearestTokens,
+    WordNet,
+    attack_texts,
+    characters,
+    evaluate_robustness,
+    plot_robustness,
+    print_robustness,
+    print_texts,
+)
+from .robustness.candidates import Candidates
 from .robustness.evaluate import EPSILONS, PRESETS
 from .robustness.text import longest
 
 TEXT_COLUMNS = ("sentence", "text")
+CANDIDATES: dict[str, Callable[[Any, Any], Candidates]] = {
+    "characters": lambda model, tokenizer: characters,
+    "nearest": NearestTokens,
+    "wordnet": lambda model, tokenizer: WordNet(),
+}
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "sentence_transformers", "deepspeed")
 
 
@@ -49,7 +64,11 @@ class AttackArguments:
         metadata={"help": "Lengths of the perturbation, in units of the mean norm of a token's embedding."},
     )
     samples: int = field(default=400, metadata={"help": "At most so many rows, drawn by `seed`."})
-    words: bool = field(default=False, metadata={"help": "Change characters of the texts too (single texts)."})
+    words: bool = field(default=False, metadata={"help": "Change words of the texts too (single texts)."})
+    candidates: list[str] = field(
+        default_factory=lambda: ["characters"],
+        metadata={"help": f"What their words become: {', '.join(CANDIDATES)}; each is an attack of its own."},
+    )
     max_length: int = field(default=128, metadata={"help": "Tokens a text."})
     batch_size: int = field(default=32, metadata={"help": "Rows a batch."})
     seed: int = field(default=0, metadata={"help": "Of the sample and of the attacks."})
@@ -68,7 +87,12 @@ def attack(words: Sequence[str]) -> None:
     args, named = parser.parse_args_into_dataclasses(list(words))
     if args.words and args.text_pair is not None:
         raise ValueError("--words can change single texts alone: leave it or --text_pair out.")
+    unknown = [name for name in args.candidates if name not in CANDIDATES]
+    if unknown:
+        raise ValueError(f"--candidates are of {', '.join(CANDIDATES)}; found {', '.join(unknown)}.")
     model, tokenizer = load(named.model)
+    # Before the attack on embeddings, which takes a while, since a dictionary may not be there.
+    candidates = {name: CANDIDATES[name](model, tokenizer) for name in args.candidates if args.words}
     texts, pairs, labels = read(args, model.config)
     args.max_length = min(args.max_length, longest(model, tokenizer))
     encoded = tokenizer(texts, *([] if pairs is None else [pairs]), truncation=True, max_length=args.max_length)
@@ -87,11 +111,11 @@ def attack(words: Sequence[str]) -> None:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     found = report.to_dict()
-    if args.words:
-        changed = attack_texts(model, tokenizer, texts, labels, characters, max_length=args.max_length, seed=args.seed)
-        print_texts(changed, 3)
-        changed.save(folder / "texts.jsonl")
-        found |= {name: value if value == value else None for name, value in changed.metrics().items()}
+    for name, others in candidates.items():
+        changed = attack_texts(model, tokenizer, texts, labels, others, max_length=args.max_length, seed=args.seed)
+        print_texts(changed, 3, name)
+        changed.save(folder / f"{name}.jsonl")
+        found |= {key: value if value == value else None for key, value in changed.metrics(name).items()}
     (folder / "report.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     plot_robustness({Path(named.model).name: report}, folder / "robustness.png")
     print(f"Written to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")

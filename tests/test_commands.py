@@ -77,8 +77,12 @@ def test_the_figures_are_those_of_an_evaluation(world, data, capsys):
 def test_pairs_samples_and_words(world):
     assert run(world, "data.jsonl", "--text_pair", "other", "--samples", "7")["examples"] == 7
     found = run(world, "data.jsonl", "--words", "--samples", "8", "--seed", "1")
-    assert found["text_accuracy"] == found["clean"]
-    assert len((world / "out" / "texts.jsonl").read_text().splitlines()) == 8
+    assert found["characters_accuracy"] == found["clean"]
+    assert len((world / "out" / "characters.jsonl").read_text().splitlines()) == 8
+    found = run(world, "data.jsonl", "--words", "--candidates", "characters", "nearest", "--samples", "3")
+    assert found["characters_accuracy"] == found["nearest_accuracy"]
+    assert found["characters_queries"] != found["nearest_queries"]
+    assert len((world / "out" / "nearest.jsonl").read_text().splitlines()) == 3
 
 
 def test_errors(world):
@@ -89,6 +93,8 @@ def test_errors(world):
         run(world, "strange.jsonl")
     with pytest.raises(SystemExit, match="can change single texts alone"):
         run(world, "data.jsonl", "--words", "--text_pair", "other")
+    with pytest.raises(SystemExit, match="--candidates are of characters, nearest, wordnet; found letters"):
+        run(world, "data.jsonl", "--words", "--candidates", "letters", "wordnet")
 
 
 def test_a_checkpoint_without_a_head_is_refused(world):

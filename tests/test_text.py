@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from fgm_trainer.robustness import NearestTokens, attack_texts, characters, print_texts
+from fgm_trainer.robustness import NearestTokens, WordNet, attack_texts, characters, print_texts
 from fgm_trainer.robustness.text import TextReport, TextResult
 
 SPELLED = "a the film is was good great bad poor dull fine very not and of hearts"
@@ -213,6 +213,80 @@ def test_nearest_tokens(model, tokenizer):
     assert near("Good", random.Random(0)) == [w.capitalize() for w in expected]
     assert near("unheard", random.Random(0)) == []
     assert NearestTokens(model, tokenizer, least=0.999)("good", random.Random(0)) == []
+
+
+@pytest.fixture
+def dictionary(tmp_path, monkeypatch):
+    """WordNet's files with three senses, where NLTK looks for them."""
+    nltk = pytest.importorskip("nltk")
+    folder = tmp_path / "corpora" / "wordnet"
+    folder.mkdir(parents=True)
+    for part in ("noun", "verb", "adj", "adv"):
+        for name in (f"{part}.exc", f"index.{part}", f"data.{part}"):
+            (folder / name).write_text("")
+    (folder / "noun.exc").write_text("geese goose\n")
+    for name in ("index.sense", "cntlist.rev"):
+        (folder / name).write_text("")
+    (folder / "lexnames").write_text("00\tnoun.all\t1\n")
+    data, places = "", []
+    for words in (
+        ["film", "movie", "moving_picture"],
+        ["film", "Cinema", "movie"],
+        ["goose", "bird"],
+        ["a", "vitamin"],
+    ):
+        named = " ".join(f"{word} 0" for word in words)
+        places.append(f"{len(data):08d}")
+        data += f"{places[-1]} 00 n {len(words):02x} {named} 000 | a gloss\n"
+    senses = {
+        "film": places[:2],
+        "movie": places[:2],
+        "cinema": places[1:2],
+        "goose": places[2:3],
+        "bird": places[2:3],
+        "a": places[3:],
+    }
+    index = [f"{word} n {len(of)} 0 {len(of)} 0 {' '.join(of)}" for word, of in sorted(senses.items())]
+    (folder / "data.noun").write_text(data)
+    (folder / "index.noun").write_text("\n".join(index) + "\n")
+    from nltk.corpus.reader import WordNetCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    monkeypatch.setattr(nltk.corpus, "wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, None))
+    yield folder
+    # NLTK leaves files open.
+    for file in vars(nltk.corpus.wordnet).get("_data_file_map", {}).values():
+        file.close()
+
+
+@pytest.mark.filterwarnings("ignore:The multilingual functions:UserWarning")
+def test_synonyms_are_wordnet_s(dictionary):
+    wordnet, draw = WordNet(), random.Random(0)
+    assert wordnet("film", draw) == ["movie", "moving picture", "cinema"]
+    assert wordnet("Movies", draw) == ["Film", "Movie", "Moving picture", "Cinema"]
+    assert wordnet("GEESE", draw) == ["GOOSE", "BIRD"]
+    assert wordnet("the", draw) == wordnet("it's", draw) == wordnet("a", draw) == []
+    assert WordNet(count=1)("film", draw) == ["movie"]
+
+
+@pytest.mark.filterwarnings("ignore:The multilingual functions:UserWarning")
+def test_synonyms_change_a_text(model, tokenizer, dictionary):
+    text = "the film is good"
+    label = probabilities(model, tokenizer, text).argmax().item()
+    (found,) = attack_texts(model, tokenizer, [text], [label], WordNet(), most_changed=1.0, progress=False).results
+    tried = [f"the {word} is good" for word in ("film", "movie", "moving picture", "cinema")]
+    lowest = min(tried, key=lambda other: probabilities(model, tokenizer, other)[label])
+    assert found.attacked == lowest or found.fooled
+
+
+def test_without_a_wordnet_its_synonyms_say_so(dictionary, monkeypatch):
+    import nltk
+
+    (dictionary / "lexnames").unlink()
+    monkeypatch.setattr(nltk.data, "path", [])
+    with pytest.raises(ValueError, match=r"NLTK finds no WordNet. Run `python -m nltk.downloader wordnet`"):
+        WordNet()
 
 
 def result(prediction, attacked, changed=0, queries=1):

@@ -1,6 +1,6 @@
 """How robust a model is."""
 
-from .candidates import NearestTokens, characters
+from .candidates import NearestTokens, WordNet, characters
 from .embedders import evaluate_embedder
 from .ensemble import Ensemble, Member, strong
 from .evaluate import ATTACKS_TO_TRY, EPSILONS, evaluate_robustness
@@ -24,6 +24,7 @@ __all__ = [
     "RobustnessReport",
     "Task",
     "TextReport",
+    "WordNet",
     "attack_texts",
     "characters",
     "compare",

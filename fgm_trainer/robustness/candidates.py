@@ -1,4 +1,4 @@
-"""What a word may become: other letters, or words that are near in the model's own lookup."""
+"""What a word may become: other letters, synonyms, or words that are near in the model's own lookup."""
 
 from __future__ import annotations
 
@@ -79,6 +79,40 @@ class NearestTokens:
         near = [self._words[i] for i in best.indices[best.values >= self._least].tolist()]
         others = [other for other in near if _stem(other) != _stem(word)]
         return [_cased(word, other) for other in others[: self._count]]
+
+
+class WordNet:
+    """Synonyms of WordNet, of a word's most frequent senses first (Ren et al. 2019 use them).
+
+    An inflected word becomes a base form: "movies" may become "film". Words of one or two letters stay: "a" would be a
+    vitamin. Needs nltk (extra `words`) and its WordNet.
+
+    Args:
+        count: how many.
+
+    Raises:
+        ImportError: nltk is not installed.
+        ValueError: NLTK has no WordNet.
+    """
+
+    def __init__(self, count: int = 12) -> None:
+        from nltk.corpus import wordnet
+
+        try:
+            wordnet.ensure_loaded()
+        except LookupError as error:
+            raise ValueError(
+                "NLTK finds no WordNet. Run `python -m nltk.downloader wordnet`, or set the environment variable "
+                "NLTK_DATA to a folder that has corpora/wordnet."
+            ) from error
+        self._synsets, self._count = wordnet.synsets, count
+
+    def __call__(self, word: str, draw: random.Random) -> list[str]:
+        if len(word) < 3:
+            return []
+        lemmas = [lemma.name().replace("_", " ") for sense in self._synsets(word.lower()) for lemma in sense.lemmas()]
+        others = dict.fromkeys(lemma.lower() for lemma in lemmas)
+        return [_cased(word, other) for other in others if other != word.lower()][: self._count]
 
 
 def _neighbours(letter: str) -> list[str]:

@@ -259,8 +259,8 @@ def longest(model: nn.Module, tokenizer: Any) -> int:
     return own if places is None or own <= places else max(places - 2, 1)
 
 
-def print_texts(report: TextReport, most: int = 10) -> None:
-    """Prints texts that fool the model, changed words in colour, and the figures. Needs rich."""
+def print_texts(report: TextReport, most: int = 10, prefix: str = "text") -> None:
+    """Prints up to `most` texts that fool the model, changed words in colour, and the figures. Needs rich."""
     from rich.console import Console
     from rich.text import Text
 
@@ -269,7 +269,7 @@ def print_texts(report: TextReport, most: int = 10) -> None:
         console.print(f"{each.label} -> {each.attacked_prediction}", style="bold")
         for own, other, style in ((each.text, each.attacked, "red"), (each.attacked, each.text, "green")):
             console.print(Text.assemble(*_coloured(own, other, style)))
-    console.print(", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report.metrics().items()))
+    console.print(", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in report.metrics(prefix).items()))
 
 
 def _coloured(own: str, other: str, style: str) -> Iterator[tuple[str, str]]:
