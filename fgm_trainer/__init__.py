@@ -29,6 +29,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "ALUM",
+    "ATTA",
     "AWP",
     "FGM",
     "FGSM",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import attacks
 from .attacks import Memory, Step
-from .engine.accelerate import Engine, bare
+from .engine.accelerate import AllProcesses, Engine, bare
 from .engine.controller import EpsilonController
 from .engine.driver import Driver, unit_of
 from .engine.guessing import guessing_of
@@ -137,7 +137,7 @@ class Adversary:
             return loss.detach()
         shared = self._accelerator
         if self._steps_next:
-            self._kept.settle(engine.model, lambda x: x if shared is None else shared.reduce(x, reduction="sum"))
+            self._kept.settle(engine.model, AllProcesses(shared))
         self._steps_next = shared is None or shared.sync_gradients
         if self._target.model is not engine.model:
             # Another loop may have taken it.

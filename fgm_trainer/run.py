@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .attacks import Attack, Step
-from .engine.accelerate import Engine, bare
+from .engine.accelerate import AllProcesses, Engine, bare
 from .engine.controller import EpsilonController
 from .engine.driver import Driver, unit_of
 from .engine.guessing import GuessingLoss, guessing_of
@@ -188,8 +188,7 @@ class AttackedRun:
 
     def _settle(self) -> None:
         if self.kept is not None and self.driver is not None:
-            total = functools.partial(self._trainer.accelerator.reduce, reduction="sum")
-            self.kept.settle(self.driver.engine.model, total)
+            self.kept.settle(self.driver.engine.model, AllProcesses(self._trainer.accelerator))
 
     def save(self, folder: str) -> None:
         """Writes the state file beside a checkpoint's, where there is something to keep; on every process."""

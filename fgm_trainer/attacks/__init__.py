@@ -18,6 +18,7 @@ from .base import (
     PassResult,
     Request,
     Step,
+    Total,
     Train,
     TrainPass,
     attack_class,
@@ -30,6 +31,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 from .alum import ALUM  # noqa: E402
+from .atta import ATTA  # noqa: E402
 from .awp import AWP  # noqa: E402
 from .fgm import FGM  # noqa: E402
 from .fgsm import FGSM  # noqa: E402
@@ -44,6 +46,7 @@ from .vat import VAT  # noqa: E402
 
 __all__ = [
     "ALUM",
+    "ATTA",
     "ATTACKS",
     "AUTO",
     "AWP",
@@ -69,6 +72,7 @@ __all__ = [
     "Request",
     "Step",
     "TokenAware",
+    "Total",
     "Train",
     "TrainPass",
     "attack_class",

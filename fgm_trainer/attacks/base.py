@@ -33,6 +33,7 @@ class TrainPass:
         against: divergences from earlier outputs that are added to the loss.
         masks: passes of a step that have the same name draw the same dropout masks.
         rows: where given, the examples that a perturbation, a tensor, is of, (chosen,); the others stay clean.
+        then: of a step's last pass, what is told its result; there must be no other training pass before it.
     """
 
     delta: Tensor | Draw | None = None
@@ -40,6 +41,7 @@ class TrainPass:
     against: tuple[Against, ...] = ()
     masks: str = ""
     rows: Tensor | None = None
+    then: Callable[[PassResult], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,15 @@ class PassResult:
 Passes = Generator[Request, PassResult, TrainPass]
 
 
+class Total(Protocol):
+    """Sums a tensor over all processes; to be called on all of them, equally often."""
+
+    def __call__(self, tensor: Tensor, /) -> Tensor: ...
+
+    def gathered(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, on each of them in the same order; likewise."""
+
+
 class Memory(Protocol):
     """What an attack keeps between optimizer steps: the same on all processes, saved with a checkpoint.
 
@@ -121,12 +132,12 @@ class Memory(Protocol):
     `step.memory` is None.
     """
 
-    def settle(self, model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
+    def settle(self, model: nn.Module, total: Total) -> None:
         """Before an attacked optimizer step, where one was made since the last call; also before the first of a run.
 
         Args:
             model: inside every wrapper.
-            total: sums a tensor over all processes; to be called on all of them, equally often.
+            total: brings together what all processes have found.
         """
 
     def state_dict(self) -> dict[str, Any]:

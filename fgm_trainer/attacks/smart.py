@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..perturbation.divergence import Against
 from ..perturbation.geometry import gaussian, project
-from .base import ForwardPass, GradientPass, Iterated, Memory, Passes, Step, TrainPass, register
+from .base import ForwardPass, GradientPass, Iterated, Memory, Passes, Step, Total, TrainPass, register
 
 
 @register("smart")
@@ -106,7 +105,7 @@ class RunningMean:
         self._decay = decay
         self.weights: dict[str, Tensor] = {}
 
-    def settle(self, model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
+    def settle(self, model: nn.Module, total: Total) -> None:
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if not weight.requires_grad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..perturbation.calls import TargetCall
 from ..perturbation.geometry import Units, ascent, project, uniform
-from .base import AUTO, Iterated, Memory, Passes, PassResult, Step, TrainPass, register
+from .base import AUTO, Iterated, Memory, Passes, PassResult, Step, Total, TrainPass, register
 
 
 @register("token_aware")
@@ -142,7 +141,7 @@ class Table:
         self._sums.index_add_(0, flat, (values.flatten(0, -2) * there[:, None]).to(self._sums))
         self._counts.index_add_(0, flat, there.to(self._counts))
 
-    def settle(self, model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
+    def settle(self, model: nn.Module, total: Total) -> None:
         if self._rows is None or self._sums is None or self._counts is None:
             return
         sums, counts = total(self._sums), total(self._counts)[:, None]

@@ -33,6 +33,23 @@ def gathered(accelerator: Any, items: list[Any]) -> list[Any]:
     return list(gather_object(items))
 
 
+class AllProcesses:
+    """A `Total` over an accelerator's processes; without one there is this process alone."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def __call__(self, tensor: Tensor, /) -> Tensor:
+        if self._accelerator is None:
+            return tensor
+        summed: Tensor = self._accelerator.reduce(tensor, reduction="sum")
+        return summed
+
+    def gathered(self, items: list[Any]) -> list[Any]:
+        """The items of all processes."""
+        return gathered(self._accelerator, items)
+
+
 class Engine:
     """What runs the backward passes.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attacks import ForwardPass, GradientPass, TrainPass
+from ..attacks import ForwardPass, GradientPass, Total, TrainPass
 from .guessing import GuessingLoss
 from .running_pass import RunningPass
 
@@ -120,7 +120,7 @@ class EpsilonController:
         figures = torch.stack([value.detach().to(self.epsilon) for value in values])
         self._observed.append(torch.cat([figures, self._guessing.counts(labels, figures)]))
 
-    def settle(self, model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
+    def settle(self, model: nn.Module, total: Total) -> None:
         """Between two optimizer steps: the next one's epsilon, from what was observed of the last."""
         if not self._observed:
             return
@@ -197,13 +197,16 @@ def losses_of(passes: Sequence[RunningPass]) -> tuple[Tensor, Tensor]:
     With a the loss under attack, c the clean loss, v and w the weights of perturbed and clean examples the second is
     2 v (a - c) / (v + w): a - c where both have the same weight, twice that where only perturbed ones are trained on.
     With a divergence of weight v in place of a - c it is 2 v / w times that. Without a clean pass, c is the loss of
-    the first.
+    the first; where that is the only one, c is what its gradient says.
     """
     trained = [(each, each.request) for each in passes if isinstance(each.request, TrainPass)]
     last, request = [(each, request) for each, request in trained if not each.is_clean][-1]
     of_part = [each for each in passes if isinstance(each.request, GradientPass) and each.request.rows is request.rows]
     if request.rows is not None and of_part:
         return _losses_of_a_part(of_part[0], last, request)
+    if len(passes) == 1:
+        relative = _to_first_order(last, last.forward_pass.tensor.delta()).clamp(max=1)
+        return last.unweighted * (1 - relative), 2 * last.unweighted * relative
     seen = [each for each in passes if each.is_clean and not isinstance(each.request, ForwardPass)]
     clean = next((each for each in seen if each.is_training), (seen or passes)[0]).unweighted
     weight = sum(request.weight for each, request in trained if each.is_clean)
@@ -222,8 +225,12 @@ def _losses_of_a_part(first: RunningPass, last: RunningPass, request: TrainPass)
     """
     assert isinstance(request.delta, Tensor)
     assert request.rows is not None
-    share = len(request.rows) / last.examples
-    gradient = first.forward_pass.tensor.gradient(first.scales.of_loss)
-    relative = share * (gradient * request.delta).sum() / first.loss
+    relative = _to_first_order(first, request.delta) * len(request.rows) / last.examples
     clean = last.unweighted / (1 + relative)
     return clean, 2 * clean * relative
+
+
+def _to_first_order(running: RunningPass, delta: Tensor) -> Tensor:
+    """By what part of a pass's loss a perturbation raises it, where that has the gradient that it has there."""
+    gradient = running.forward_pass.tensor.gradient(running.scales.of_loss)
+    return (gradient * delta).sum() / running.loss

@@ -132,11 +132,19 @@ class _AttackedMicroBatch:
         driver = self._driver
         if not driver.trains:
             return self._evaluate(request, last)
-        running = self._new_pass(request, self.batch, gradient=not last, trains=True)
+        if request.then is not None:
+            # What comes last has nobody to send a gradient on to.
+            self._shared.calls.defers = False
+        told = not last or request.then is not None
+        running = self._new_pass(request, self.batch, gradient=told, trains=True)
         local = nullcontext() if last else driver.engine.local_gradients()
         with self._masks.drawn(request.masks), local, driver.target.perturbed(running.forward_pass):
             running.run(driver.engine.wrapped)
-        return None if last else self._result(running)
+        result = self._result(running) if told else None
+        if request.then is not None:
+            assert result is not None
+            request.then(result)
+        return result
 
     def gradient_or_outputs(self, request: GradientPass | ForwardPass) -> PassResult:
         """A pass that trains nothing, on the bare model: a wrapper's forward would wait for its backward."""

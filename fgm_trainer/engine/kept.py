@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..attacks import AUTO, Attack, Memory
+from ..attacks import AUTO, Attack, Memory, Total
 from ..perturbation.target import Target
 from .controller import EpsilonController
 from .guessing import GuessingLoss
@@ -52,8 +51,8 @@ class Kept:
         named: dict[str, Memory | None] = {"memory": self.memory, "controller": self.controller}
         return {name: each for name, each in named.items() if each is not None}
 
-    def settle(self, model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
-        """Between two optimizer steps, and before the first; `total` sums a tensor over all processes."""
+    def settle(self, model: nn.Module, total: Total) -> None:
+        """Between two optimizer steps, and before the first; `total` brings together what all have found."""
         if self.due:
             for each in self._memories.values():
                 each.settle(model, total)
