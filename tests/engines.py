@@ -95,13 +95,13 @@ def train(engine, case, path, model_path):
 
 
 def train_by_trainer(engine, case, path, model_path):
-    stock = case.pop("stock", False)
+    stock, rows = case.pop("stock", False), case.pop("rows", ROWS)
     rule = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     common = {"max_steps": STEPS, "logging_steps": 2, **({"kind": TrainingArguments} if stock else {})}
     args = flags(path, **common | rule | SETTINGS.get(engine, {}) | case)
     events = Events()
     trainer = in_order(Trainer if stock else AdversarialTrainer)(
-        model=load(engine, model_path), args=args, train_dataset=examples(ROWS), callbacks=[events]
+        model=load(engine, model_path), args=args, train_dataset=examples(rows), callbacks=[events]
     )
     events.trainer = trainer
     # transformers#47688: heads that ignore num_items_in_batch would have their loss scaled wrongly.
@@ -116,10 +116,25 @@ def train_by_trainer(engine, case, path, model_path):
     }
 
 
+class BackAndForth(torch.utils.data.Sampler):
+    """In order, and backwards in every second epoch: then other processes get a row."""
+
+    def __init__(self, rows):
+        self.rows, self.backwards = range(len(rows)), False
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        order = reversed(self.rows) if self.backwards else iter(self.rows)
+        self.backwards = not self.backwards
+        return order
+
+
 def in_order(base):
     class InOrder(base):
         def _get_train_sampler(self, *args):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
+            return BackAndForth(self.train_dataset)
 
         def compute_loss(self, *args, return_outputs=False, **kwargs):
             loss, outputs = super().compute_loss(*args, return_outputs=True, **kwargs)

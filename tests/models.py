@@ -237,7 +237,7 @@ class AdversarialInOrder(_InOrder, AdversarialTrainer):
 
 
 # Epsilons of a size that shows in a few steps.
-EPSILONS = {"fgm": 1.0, "pgd": 1.0, "noise": 1.0, "awp": 5e-3, "fgsm": 5e-3, "partial_fgm": 0.3}
+EPSILONS = {"fgm": 1.0, "pgd": 1.0, "noise": 1.0, "awp": 5e-3, "fgsm": 5e-3, "partial_fgm": 0.3, "atta": 0.3}
 EPSILONS |= {"freelb": 0.2, "token_aware": 0.2, "vat": 0.2, "alum": 1e-5, "r3f": 1e-5, "smart": 1e-5}
 
 

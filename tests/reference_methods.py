@@ -182,25 +182,73 @@ def fgm(norm="l2", *, epsilon, towards=None, weight=1.0, clean_weight=1.0, throu
     return method
 
 
+def of_a_part(place, batch, parts, norm, epsilon):
+    """FGM's perturbation of some examples, run without the others, which get none."""
+    delta = place.zero(batch)
+    # A table would move the other examples as well.
+    assert place.scope != "vocabulary"
+    taken = {name: values[parts] for name, values in batch.items()}
+    own = place.zero(taken)
+    gradient = place.ascent(lambda moved: place(taken, moved)[0], own)
+    own = epsilon * place.direction(gradient, norm)
+    for number, row in zip(parts, own, strict=True):
+        delta[number] = row
+    return delta
+
+
 def partial_fgm(norm="l2", *, epsilon, chosen, weight=1.0):
     """`chosen(seed, examples)` says which examples are attacked; each is run alone, then the batch once."""
 
     def method(place, batch, seed, share):
-        delta = place.zero(batch)
-        # A table would move the other examples as well.
-        assert place.scope != "vocabulary"
-        parts = chosen(seed, len(batch["labels"]))
-        taken = {name: values[parts] for name, values in batch.items()}
-        own = place.zero(taken)
-        gradient = place.ascent(lambda moved: place(taken, moved)[0], own)
-        own = epsilon * place.direction(gradient, norm)
-        for number, row in zip(parts, own, strict=True):
-            delta[number] = row
+        delta = of_a_part(place, batch, chosen(seed, len(batch["labels"])), norm, epsilon)
         loss, _ = place(batch, delta)
         (share * weight * loss).backward()
         return loss.item(), loss.item()
 
     return method
+
+
+class ATTA:
+    """The gradient of an example's last training pass, one sign an entry and one length a token in float32.
+
+    `end` is called after every optimizer step. Where most of its examples were new the next step is `partial_fgm`'s.
+    """
+
+    def __init__(self, norm="l2", *, epsilon, chosen, weight=1.0):
+        self.norm, self.epsilon, self.chosen, self.weight = norm, epsilon, chosen, weight
+        self.known, self.found, self.new = {}, [], True
+        self.kinds = []
+
+    def __call__(self, place, batch, seed, share):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        texts = [tuple(t.item() for t, real in zip(*rows, strict=True) if real) for rows in zip(ids, mask, strict=True)]
+        self.kinds.append("new" if self.new else "known")
+        if self.new:
+            parts = self.chosen(seed, len(texts))
+            delta = of_a_part(place, batch, parts, self.norm, self.epsilon)
+        else:
+            before = place.zero(batch)
+            for b, text in enumerate(texts):
+                real = [i for i in range(ids.shape[1]) if mask[b, i]]
+                for i, row in zip(real, self.known.get(text, []), strict=False):
+                    before[b, i] = row
+            delta = self.epsilon * place.direction(before, self.norm)
+        loss, _ = place(batch, delta)
+        (share * self.weight * loss).backward()
+        gradient = place.ascent(lambda moved: place(batch, moved)[0], delta)
+        for b, text in enumerate(texts):
+            rows = [row for row, real in zip(gradient[b], mask[b], strict=True) if real]
+            signed = [
+                torch.where(row > 0, 1.0, -1.0).double() * row.norm().float().double() / place.dimension**0.5
+                for row in rows
+            ]
+            self.found.append((text, signed))
+        return loss.item(), loss.item()
+
+    def end(self, place):
+        self.new = 2 * sum(text not in self.known for text, _ in self.found) > len(self.found)
+        self.known.update(self.found)
+        self.found = []
 
 
 def pgd(norm="l2", *, epsilon, steps=3, step_size=None, random_start=False, towards=None):

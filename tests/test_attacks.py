@@ -145,7 +145,7 @@ class WeightBench(Bench):
 
 # Those whose published step is far below the epsilon of these tests.
 STEPS = {"smart": {"step_size": 0.1, "sigma": 0.01}, "alum": {"step_size": 10.0, "sigma": 0.01}}
-STEPS["partial_fgm"] = {"share": 1.0}
+STEPS["partial_fgm"] = STEPS["atta"] = {"share": 1.0}
 
 
 def make(name, norm, scope, epsilon=0.1):

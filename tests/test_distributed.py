@@ -50,10 +50,12 @@ STOCK = SMALL | {"stock": True, "measure": True}
 CLIPPED = SMALL | {"max_grad_norm": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 2}
 HALF = SMALL | {"bf16": True}
 FOUND = SMALL | {"adv_epsilon": "auto", "adv_scope": "example", "logging_steps": 1}
+# Three epochs, so that what is remembered of a row is asked for where the row has gone to.
+AGAIN = SMALL | {"adv_method": "atta", "adv_epsilon": 1.0, "adv_scope": "example", "max_steps": 9, "rows": 12}
 # What they draw is drawn by micro-batch.
-DRAWS = {"alum", "freelb", "noise", "partial_fgm", "r3f", "smart", "token_aware", "vat"}
+DRAWS = {"alum", "atta", "freelb", "noise", "partial_fgm", "r3f", "smart", "token_aware", "vat"}
 # The training passes of a micro-batch, where they are not two.
-TRAINS = {"freelb": 3, "partial_fgm": 1}
+TRAINS = {"freelb": 3, "partial_fgm": 1, "atta": 1}
 # In these a pass that is not the step's last leaves its gradients on the process.
 REDUCE_ONCE = {"ddp", "ddp-loop", "zero1"}
 
@@ -120,7 +122,7 @@ def launch(engine, cases, out):
 def group(engine, part):
     """What one group of processes on the engine gave: pairs of a case and the results of all ranks."""
     require(engine, NEEDS.get(engine, {}), "deepspeed" if engine.startswith("zero") else "torch")
-    cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF, FOUND]
+    cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF, FOUND, AGAIN]
     with tempfile.TemporaryDirectory() as out:
         cases = [case for case in cases if engine.startswith("ddp") or case.get("adv_method") not in WHOLE]
         return list(zip(cases, launch(engine, cases, Path(out)), strict=True))
@@ -170,6 +172,15 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
             plain = accumulating(engine, SMALL | {"stock": True, "gradient_accumulation_steps": accumulated(case)})
             far = largest_difference(one["weights"], plain["weights"])
             assert far > 1e-5, f"an attack that does nothing would pass: {case}"
+
+
+@pytest.mark.parametrize("engine", marked(TRAINERS))
+def test_what_is_remembered_of_a_row_is_known_on_every_process(engine):
+    one = accumulating(engine, AGAIN)
+    for result in ranks_of(engine, AGAIN):
+        assert agree(result, one)
+    partial = accumulating(engine, AGAIN | {"adv_method": "partial_fgm"})
+    assert largest_difference(one["weights"], partial["weights"]) > 1e-4
 
 
 @pytest.mark.parametrize("engine", marked(TRAINERS))

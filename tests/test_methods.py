@@ -111,6 +111,25 @@ def test_partial_fgm(scope, norm, share, accumulate):
     check(model, data, scope, method, accumulate=accumulate, adv_kwargs={"share": share}, **flags)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("scope", "norm"), [place for place in PLACES if place[0] != "vocabulary"])
+def test_atta(scope, norm, accumulate):
+    """Three epochs: the first as `partial_fgm`, the others along the gradients of the epoch before."""
+    model = tiny("bert")
+    data, epsilon = padded_data(model), size(scope, norm) / 2
+    method = slow.ATTA(norm, epsilon=epsilon, chosen=drawn(0.6), weight=0.7)
+    flags = {"adv_method": "atta", "adv_epsilon": epsilon, "adv_norm": norm, "adv_weight": 0.7}
+    check(model, data, scope, method, accumulate=accumulate, epochs=3, adv_kwargs={"share": 0.6}, **flags)
+    # The step that meets the first example again does not know it yet.
+    assert method.kinds == ["new"] * (4 + accumulate) + ["known"] * (8 - accumulate)
+
+
+def test_what_atta_remembers_matters():
+    model = tiny("bert")
+    method = slow.ATTA(epsilon=0.5, chosen=drawn(0.6))
+    matters(model, 3 * padded_data(model), "example", method, slow.partial_fgm(epsilon=0.5, chosen=drawn(0.6)))
+
+
 def test_the_part_of_a_batch_is_the_share_on_average():
     counts = [len(drawn(0.3)(seed, 4)) for seed in range(400)]
     assert set(counts) == {1, 2}

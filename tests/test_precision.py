@@ -170,7 +170,9 @@ def turned(kind):
     class Turned(kind):
         def passes(self, step):
             last = yield from super().passes(step)
-            return replace(last, delta=-last.delta)
+            delta = last.delta
+            # What is drawn inside of the pass is a function.
+            return replace(last, delta=(lambda call: -delta(call)) if callable(delta) else -delta)
 
     return Turned
 

@@ -21,7 +21,7 @@ _NO_IDS = "atta knows an example by its tokens: adv_target must be a token looku
 @register("atta")
 @dataclass(frozen=True, kw_only=True)
 class ATTA(PartialFGM):
-    """Adversarial training with transferable examples: one pass a step, at a perturbation remembered from the last epoch.
+    """Adversarial training with transferable examples: one pass a step, along a gradient of the last epoch.
 
     Idea: what fools a model fools the one of an epoch later as well. The gradient at an example's embeddings is a
     by-product of the pass that trains on it; remembered, it says where to move the example when it is met again.
@@ -30,7 +30,8 @@ class ATTA(PartialFGM):
     example i (Zheng et al. 2020, section 4, with one step that starts anew in place of one that goes on). Of g_i one
     sign an entry is kept, and one length a token.
 
-    Cost: 1 full pass. As long as most examples are met for the first time `partial_fgm`'s, 1 + 2/3 share.
+    Cost: 1 full pass. While most examples are met for the first time also share of a pass without weight gradients, as
+    `partial_fgm`.
 
     Defaults: epsilon `auto`, share 0.4, 4,096 megabytes. Published, images of CIFAR-10 and MNIST: epsilon 8/255 and
     0.3 in `linf`, 38 and 60 epochs. docs/performance.md measures it against FGM.
@@ -175,7 +176,8 @@ def packed(values: Tensor) -> Tensor:
 def unpacked(signs: Tensor, size: int) -> Tensor:
     """What `packed` was given: 1 and -1, int8, (..., size)."""
     bits = signs.unsqueeze(-1).bitwise_and(_powers(signs)) != 0
-    return 2 * bits.flatten(-2)[..., :size].to(torch.int8) - 1
+    found: Tensor = 2 * bits.flatten(-2)[..., :size].to(torch.int8) - 1
+    return found
 
 
 def _powers(like: Tensor) -> Tensor:
