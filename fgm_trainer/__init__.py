@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from . import _moved as _moved
 from .attacks import (
     ALUM,
+    ATTA,
     AWP,
     FGM,
     FGSM,
