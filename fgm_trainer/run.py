@@ -227,6 +227,9 @@ class AttackedRun:
 
     def end(self) -> None:
         """Training is over."""
+        said = None if self.kept is None else self.plan.attack.remark(self.kept.memory)
+        if said:
+            logger.warning(said)
         if self.controller is not None and self.controller.idle:
             logger.warning(
                 "adv_epsilon='auto' is as small as at the start: the model has learned nothing yet that an attack could"

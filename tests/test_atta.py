@@ -139,7 +139,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path, epsilon):
     assert distance(cut.model, whole.model) > 1e-7
 
 
-def test_texts_that_never_come_back_are_attacked_as_by_partial_fgm(tmp_path):
+def test_texts_that_never_come_back_are_attacked_as_by_partial_fgm(tmp_path, caplog):
     def trained(method):
         model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         args = flags(tmp_path, adv_method=method, adv_epsilon=1.0, max_steps=4)
@@ -148,6 +148,7 @@ def test_texts_that_never_come_back_are_attacked_as_by_partial_fgm(tmp_path):
         return dict(trainer.model.state_dict())
 
     same(trained("atta"), trained("partial_fgm"))
+    assert [line for line in caplog.messages if "met no example twice, so it was 'partial_fgm'" in line]
 
 
 def test_the_first_pass_says_what_the_perturbation_added(monkeypatch):
@@ -191,7 +192,7 @@ def test_hidden_states_have_no_tokens(share):
         adversary.backward(batches(padded_data(model), 4)[0])
 
 
-def test_shuffled_epochs_are_recognised(tmp_path):
+def test_shuffled_epochs_are_recognised(tmp_path, caplog):
     """With the Trainer's own shuffling and padding of each batch by itself."""
     draw = random.Random(0)
     rows = [{"input_ids": [draw.randint(1, 49) for _ in range(draw.randint(3, 9))], "labels": i % 2} for i in range(20)]
@@ -212,5 +213,6 @@ def test_shuffled_epochs_are_recognised(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ATTA, "passes", passes)
         trainer.train()
+    assert not [line for line in caplog.messages if "met no example twice" in line]
     assert looked == [True] * 6 + [False] * 9
     assert len(trainer._run.kept.memory._known) == 20

@@ -63,6 +63,14 @@ class ATTA(PartialFGM):
     def new_memory(self, seed: int) -> Memory:
         return Gradients(self.megabytes * 2**20)
 
+    def remark(self, memory: Any) -> str | None:
+        if not memory.meets_new:
+            return None
+        return (
+            "adv_method='atta' met no example twice, so it was 'partial_fgm': it remembers gradients from one epoch to "
+            "the next. Train for several epochs."
+        )
+
     def passes(self, step: Step) -> Passes:
         memory = step.memory
         if memory is None or memory.meets_new:
@@ -170,7 +178,8 @@ class Gradients:
 def packed(values: Tensor) -> Tensor:
     """The signs of the last dimension, eight a byte: uint8, (..., bytes)."""
     bits = (nn.functional.pad(values, (0, -values.shape[-1] % 8)) > 0).unflatten(-1, (-1, 8))
-    return (bits * _powers(values)).sum(-1, dtype=torch.uint8)
+    found: Tensor = (bits * _powers(values)).sum(-1, dtype=torch.uint8)
+    return found
 
 
 def unpacked(signs: Tensor, size: int) -> Tensor:

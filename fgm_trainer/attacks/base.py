@@ -261,6 +261,10 @@ class Attack:
         """What the attack keeps between the optimizer steps of a run; None for nothing."""
         return None
 
+    def remark(self, memory: Any) -> str | None:
+        """What is worth saying when a run is over; None for nothing."""
+        return None
+
     def reach(self, epsilon: float) -> float:
         """The largest length that a perturbation may have, in the attack's norm."""
         return epsilon
