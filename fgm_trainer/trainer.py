@@ -17,16 +17,16 @@ from .arguments import AdversarialArguments, changed_attack_fields
 from .attacks import Attack
 from .cards import add_to_card
 from .compatibility import refuse
-from .engine.accelerate import bare, whole_copies
+from .engine.accelerate import bare
 from .engine.running_pass import RunningPass
 from .engine.schedule import Schedule
 from .metrics import show_in_bar
 from .perturbation.batches import without_column
 from .perturbation.target import Target
 from .plan import Plan, make_plan
-from .robustness import RobustnessReport, evaluate_embedder, evaluate_robustness
-from .robustness.embedders import is_embedder
+from .robustness import RobustnessReport
 from .run import AttackedRun
+from .trainer_evaluation import dataset_of, evaluate_trainer
 
 logger = logging.get_logger(__name__)
 
@@ -165,35 +165,11 @@ class AdversarialTrainerMixin(_Base):
         Raises:
             ValueError: there is no data set, or what `robustness.evaluate_robustness` refuses.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            own = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
-            if dataset not in own:
-                names = ", ".join(own) or "none, since eval_dataset is no dictionary"
-                raise ValueError(f"The Trainer's eval_dataset has no data set {dataset!r}; it has: {names}.")
-            dataset = own[dataset]
-        if dataset is None:
-            raise ValueError("evaluate_robustness needs a data set: pass eval_dataset here or to the Trainer.")
+        dataset = dataset_of(self, eval_dataset)
         if isinstance(dataset, Mapping):
             self._reports = {name: self.evaluate_robustness(one, **kwargs) for name, one in dataset.items()}
             return self._reports
-        model, plan = self._on_its_device(), self._plan()
-        collate = kwargs.pop("collate_fn", self.data_collator)
-        if not is_embedder(model):
-            collate = self._get_collator_with_removed_columns(collate, description="evaluation")
-        own_parts: dict[str, Any] = {
-            "batch_size": self.args.eval_batch_size,
-            # A model that was trained on perturbed weights is evaluated on perturbed inputs.
-            "target": None if plan.target == "weights" else plan.target,
-            "epsilon_unit": plan.epsilon_unit,
-            "clip": plan.clip,
-            "accelerator": self.accelerator if whole_copies(model, self.accelerator) else None,
-            "progress": not self.args.disable_tqdm and self.is_local_process_zero(),
-            "seed": self.args.seed,
-            "collate_fn": collate,
-        }
-        evaluate: Any = evaluate_embedder if is_embedder(model) else evaluate_robustness
-        report = evaluate(model, dataset, **own_parts | kwargs)
+        report = evaluate_trainer(self, self._plan(), dataset, **kwargs)
         self._reports = {"": report}
         return report
 
@@ -224,13 +200,6 @@ class AdversarialTrainerMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._run.load(checkpoint)
-
-    def _on_its_device(self) -> nn.Module:
-        model = bare(self.model_wrapped, self.accelerator)
-        if self.place_model_on_device and next(model.parameters()).device != self.args.device:
-            # With full evaluation in half precision Trainer has not moved the model yet.
-            model.to(self.args.device)
-        return model
 
 
 class AdversarialTrainer(AdversarialTrainerMixin, Trainer):

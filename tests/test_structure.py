@@ -24,6 +24,7 @@ LAYERS = [
     "plan",
     "cards",
     "trainer_pass",
+    "trainer_evaluation",
     "run",
     "trainer",
     "commands",
