@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from .attacks import Attack, Step
-from .engine.accelerate import AllProcesses, Engine, bare
+from .checkpoint import RunState
+from .engine.accelerate import Engine, bare
 from .engine.controller import EpsilonController
 from .engine.driver import Driver, unit_of
-from .engine.guessing import GuessingLoss, guessing_of
 from .engine.kept import Kept
 from .engine.running_pass import RunPass
 from .metrics import RunFigures
@@ -28,12 +25,9 @@ from .trainer_pass import StockStep, make_pass
 
 logger = logging.get_logger(__name__)
 
-# Beside the Trainer's own files of a checkpoint.
-STATE_FILE = "adversarial_state.pt"
-
 
 class AttackedRun:
-    """The driver of a Trainer's steps, what the attack remembers, what steers epsilon, and the figures for the log.
+    """The driver of a Trainer's steps, what the run keeps between them, and the figures for the log.
 
     Args:
         trainer: the Trainer.
@@ -51,20 +45,13 @@ class AttackedRun:
         self.figures = RunFigures(trainer, plan.schedule)
         self._position = _Position(trainer)
         self._checked_batch = False
-        # What an epsilon is multiplied by; known from the first step on.
-        self._unit: float | None = None
-        self.forget()
-
-    def forget(self) -> None:
-        """A run starts anew."""
-        # None before the first step.
-        self.kept: Kept | None = None
-        self._saved: dict[str, Any] = {}
+        self.state = RunState(trainer, plan)
 
     @property
     def controller(self) -> EpsilonController | None:
         """What steers epsilon; None where it is fixed, and before the first step."""
-        return None if self.kept is None else self.kept.controller
+        kept = self.state.kept
+        return None if kept is None else kept.controller
 
     # A step -----------------------------------------------------------------------------------------------------------
 
@@ -83,12 +70,12 @@ class AttackedRun:
         factor = self.plan.schedule.factor(state.global_step, state.max_steps)
         driver, kept = self._attached(model)
         if self._position.next() == 0:
-            self._settle()
+            self.state.settle(driver)
         if factor == 0 and self._checked_batch:
             return self._noted_clean(kept, stock(model, inputs), inputs)
         run_pass = functools.partial(make_pass, self._trainer, stock)
         try:
-            with self.figures.watched(model, self._labels(inputs)):
+            with self.figures.watched(model, _labels_in(inputs, self._trainer)):
                 if factor == 0:
                     loss = self._noted_clean(kept, driver.check(inputs, run_pass), inputs)
                 else:
@@ -103,12 +90,12 @@ class AttackedRun:
         self, driver: Driver, kept: Kept, factor: float, inputs: Any, given: Any, run_pass: RunPass
     ) -> Tensor:
         self.figures.begin(self._position.index == 0)
-        controller, micro_batches = kept.controller, self._micro_batches()
+        controller, micro_batches = kept.controller, _micro_batches_of(self._trainer)
         epsilon: Any = factor * float(driver.attack.epsilon) if controller is None else controller.epsilon
         step = Step(epsilon, self._position.seed(), kept.memory, examples_in(inputs))
         passes = driver.run(step, inputs, run_pass, given, micro_batches)
         if controller is not None:
-            controller.observe(passes, self._labels(inputs), micro_batches, rise=factor)
+            controller.observe(passes, _labels_in(inputs, self._trainer), micro_batches, rise=factor)
         kept.due = True
         for counter in self.counters:
             counter.value += 1
@@ -119,18 +106,11 @@ class AttackedRun:
 
     def _noted_clean(self, kept: Kept, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         if kept.controller is not None:
-            kept.controller.observe_clean(loss.detach(), self._labels(inputs), self._micro_batches())
+            kept.controller.observe_clean(
+                loss.detach(), _labels_in(inputs, self._trainer), _micro_batches_of(self._trainer)
+            )
             kept.due = True
         return loss
-
-    def _labels(self, inputs: Mapping[str, Any]) -> Any:
-        names: Any = self._trainer.label_names or ()
-        return inputs.get(names[0]) if len(names) == 1 else None
-
-    def _micro_batches(self) -> int:
-        """How many micro-batches this optimizer step has."""
-        accumulation = self._trainer.args.gradient_accumulation_steps
-        return int(getattr(self._trainer, "current_gradient_accumulation_steps", accumulation))
 
     # The model --------------------------------------------------------------------------------------------------------
 
@@ -140,17 +120,15 @@ class AttackedRun:
         # accelerate asks the file system which engines are installed, each time: a millisecond or two.
         known = driver is not None and driver.engine.wrapped is model and driver.engine.accelerator is accelerator
         inner = driver.engine.model if driver is not None and known else bare(model, accelerator)
-        if self._unit is None:
-            self._unit = unit_of(self.plan.epsilon_unit, inner)
-        attack = self.plan.attack.in_units(self._unit)
+        if self.state.unit is None:
+            self.state.unit = unit_of(self.plan.epsilon_unit, inner)
+        attack = self.plan.attack.in_units(self.state.unit)
         # Another trainer may have taken the target.
         if driver is None or not known or driver.target.model is not inner:
             self.detach()
             driver = self.driver = self._new_driver(model, inner, attack)
         driver.attack = attack
-        if self.kept is None:
-            self.kept = self._new_kept(driver)
-        return driver, self.kept
+        return driver, self.state.of(driver)
 
     def _new_driver(self, model: nn.Module, inner: nn.Module, attack: Attack) -> Driver:
         plan = self.plan
@@ -172,38 +150,6 @@ class AttackedRun:
             self.driver.target.detach()
         self.driver = None
 
-    # What is kept between steps ---------------------------------------------------------------------------------------
-
-    def _new_kept(self, driver: Driver) -> Kept:
-        """As it was saved where training goes on."""
-        trainer, plan = self._trainer, self.plan
-        # What guessing would cost is known of the model's own loss alone.
-        own = type(trainer).compute_loss in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
-        own = own and getattr(trainer, "compute_loss_func", None) is None and trainer.label_smoother is None
-        guessing = guessing_of(driver.engine.model) if own else GuessingLoss()
-        seed = trainer.args.seed
-        kept = Kept(driver.attack, driver.target, seed, strength=plan.strength, recover=plan.recover, guessing=guessing)
-        kept.load_state_dict(self._saved)
-        return kept
-
-    def _settle(self) -> None:
-        if self.kept is not None and self.driver is not None:
-            self.kept.settle(self.driver.engine.model, AllProcesses(self._trainer.accelerator))
-
-    def save(self, folder: str) -> None:
-        """Writes the state file beside a checkpoint's, where there is something to keep; on every process."""
-        self._settle()
-        states, unit = {} if self.kept is None else self.kept.state_dict(), self._unit or 1.0
-        if self._trainer.args.should_save and (states or unit != 1):
-            torch.save({"epsilon_unit": unit, **states}, os.path.join(folder, STATE_FILE))
-
-    def load(self, folder: str | None) -> None:
-        """Reads it, if there is one."""
-        path = None if folder is None else os.path.join(folder, STATE_FILE)
-        if path is not None and os.path.exists(path):
-            self._saved = torch.load(path, map_location=self._trainer.args.device, weights_only=True)
-            self._unit = self._saved.pop("epsilon_unit")
-
     # What is said of it -----------------------------------------------------------------------------------------------
 
     def with_figures(self, logs: dict[str, float]) -> dict[str, float]:
@@ -216,7 +162,7 @@ class AttackedRun:
                 f"{name} trains without the attack: its training_step never calls AdversarialTrainer's. Let it call "
                 f"super().training_step, or put the mixin in front: class {name}(AdversarialTrainerMixin, YourTrainer)."
             )
-        epsilon = None if self.controller is None else self.controller.epsilon.item() / (self._unit or 1.0)
+        epsilon = None if self.controller is None else self.controller.epsilon.item() / (self.state.unit or 1.0)
         return self.figures.close(logs, epsilon)
 
     @property
@@ -227,7 +173,8 @@ class AttackedRun:
 
     def end(self) -> None:
         """Training is over."""
-        said = None if self.kept is None else self.plan.attack.remark(self.kept.memory)
+        kept = self.state.kept
+        said = None if kept is None else self.plan.attack.remark(kept.memory)
         if said:
             logger.warning(said)
         if self.controller is not None and self.controller.idle:
@@ -235,6 +182,17 @@ class AttackedRun:
                 "adv_epsilon='auto' is as small as at the start: the model has learned nothing yet that an attack could"
                 " take away, so it was hardly attacked. Train longer, or give adv_epsilon a number."
             )
+
+
+def _labels_in(inputs: Mapping[str, Any], trainer: Any) -> Any:
+    names: Any = trainer.label_names or ()
+    return inputs.get(names[0]) if len(names) == 1 else None
+
+
+def _micro_batches_of(trainer: Any) -> int:
+    """How many micro-batches this optimizer step has."""
+    accumulation = trainer.args.gradient_accumulation_steps
+    return int(getattr(trainer, "current_gradient_accumulation_steps", accumulation))
 
 
 class _Position:

@@ -60,12 +60,7 @@ class AdversarialTrainerMixin(_Base):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        changed = changed_attack_fields(self._flags)
-        if attack is not None and changed:
-            raise ValueError(
-                f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. "
-                "Leave one out."
-            )
+        _refuse_two(attack, self._flags)
         self._given = attack, target, epsilon_schedule
         # The pass that an overridden `training_step` or `compute_loss` is called for.
         self.running_pass: RunningPass | None = None
@@ -190,16 +185,24 @@ class AdversarialTrainerMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # With `auto_find_batch_size` a run starts anew after it has run out of memory.
-        self._run.forget()
+        self._run.state.forget()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self._run.save(output_dir)
+        self._run.state.save(output_dir, self._run.driver)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._run.load(checkpoint)
+        self._run.state.load(checkpoint)
+
+
+def _refuse_two(attack: Attack | None, flags: Any) -> None:
+    changed = changed_attack_fields(flags)
+    if attack is not None and changed:
+        raise ValueError(
+            f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. Leave one out."
+        )
 
 
 class AdversarialTrainer(AdversarialTrainerMixin, Trainer):

@@ -14,13 +14,13 @@ from torch import nn
 from fgm_trainer import ATTA, AdversarialTrainer
 from fgm_trainer.attacks.atta import Gradients, packed, unpacked
 from fgm_trainer.attacks.base import PassResult
+from fgm_trainer.checkpoint import STATE_FILE
 from fgm_trainer.engine.accelerate import AllProcesses
 from fgm_trainer.engine.controller import EpsilonController, losses_of
 from fgm_trainer.loops import Adversary
 from fgm_trainer.perturbation.calls import TargetCall
 from fgm_trainer.perturbation.geometry import Units
 from fgm_trainer.robustness import evaluate_robustness
-from fgm_trainer.run import STATE_FILE
 
 ALONE = AllProcesses(None)
 DIMENSION = 11
@@ -215,4 +215,4 @@ def test_shuffled_epochs_are_recognised(tmp_path, caplog):
         trainer.train()
     assert not [line for line in caplog.messages if "met no example twice" in line]
     assert looked == [True] * 6 + [False] * 9
-    assert len(trainer._run.kept.memory._known) == 20
+    assert len(trainer._run.state.kept.memory._known) == 20

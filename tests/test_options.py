@@ -10,9 +10,9 @@ from test_faults import examples, flags, hooks, same, tiny_bert
 from transformers import TrainerCallback
 
 from fgm_trainer import AWP, FGM, PGD, SMART, VAT, AdversarialTrainer, FreeLB, TokenAware, loops
+from fgm_trainer.checkpoint import STATE_FILE
 from fgm_trainer.engine.kept import Kept
 from fgm_trainer.perturbation.lookups import mean_embedding_norm
-from fgm_trainer.run import STATE_FILE
 
 
 def trained(path, attack=None, data=None, model=None, **settings):

@@ -24,6 +24,7 @@ LAYERS = [
     "plan",
     "cards",
     "trainer_pass",
+    "checkpoint",
     "trainer_evaluation",
     "run",
     "trainer",

@@ -150,7 +150,7 @@ class EpsilonController:
     def _steered(self) -> Tensor:
         state = self._state
         clean, added, epsilon = (state[name] / state["weight"] for name in ("clean", "added", "mean_epsilon"))
-        to_lose = self._to_lose(clean)
+        to_lose = _to_lose(clean, state["guess"] / state["weight"], state["start"])
         near = _NEAR * (clean.abs() + to_lose.clamp(min=0)) + 1e-12
         bearable = self._guessing.bearable(state["labels"])
         target = self._rise * self._strength * bearable * (to_lose + near).clamp(min=0)
@@ -165,11 +165,6 @@ class EpsilonController:
         learned = (to_lose / near).clamp(0, 1)
         ceiling = (self._ceiling * learned).clamp(min=_START) * state["length"]
         return torch.minimum(self.epsilon * torch.minimum(factor, rise), ceiling)
-
-    def _to_lose(self, clean: Tensor) -> Tensor:
-        guess = self._state["guess"] / self._state["weight"]
-        gained = torch.maximum(self._state["start"] - clean, _LEAST * clean.abs())
-        return torch.where(guess.isnan(), gained, guess - clean)
 
     def _within(self, steered: Tensor, length: Tensor) -> Tensor:
         """Within floor and ceiling; where the length is seen for the first time, what epsilon starts with."""
@@ -189,6 +184,11 @@ class EpsilonController:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._state = {name: value.to(self.epsilon.device) for name, value in state.items()}
+
+
+def _to_lose(clean: Tensor, guess: Tensor, start: Tensor) -> Tensor:
+    """How far the clean loss is from that of guessing; where that is not known, what training has gained."""
+    return torch.where(guess.isnan(), torch.maximum(start - clean, _LEAST * clean.abs()), guess - clean)
 
 
 def losses_of(passes: Sequence[RunningPass]) -> tuple[Tensor, Tensor]:

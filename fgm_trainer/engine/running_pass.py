@@ -151,26 +151,22 @@ class RunningPass:
         """
         shared = self._shared
         _check_whole(self, batch)
-        self._measuring, before = True, self._with_gradient()
+        self._measuring, before = True, _with_gradient(self)
         try:
-            with self.forward_pass.loss_of(batch), self._outputs_noted() as noted:
+            with self.forward_pass.loss_of(batch), _outputs_noted(shared) as noted:
                 result = compute(copied(batch))
             _check_reached(self, compute, batch)
         finally:
             self._measuring = False
-        if self._with_gradient() > before:
+        if _with_gradient(self) > before:
             _refuse_own_backward(self)
         shared.check_range(shared.calls)
         loss, self.outputs = result if isinstance(result, tuple) else (result, None)
         differentiated = loss
         if self.reads_outputs:
             logits = logits_of(self.outputs, noted)
-            against = () if isinstance(self.request, ForwardPass) else self.request.against
+            against = _against_of(self.request, self.measured, logits)
             if against:
-                _check_graph(logits)
-                # Of several losses, each is compared with its own part.
-                own = slice(self.measured * len(logits), (self.measured + 1) * len(logits))
-                against = tuple(replace(a, outputs=a.outputs[own]) for a in against)
                 differentiated = self._divergences.take_in(logits, against, shared.engine.model, batch)
             self._logits += detached(logits)
         if self.gradient and differentiated.requires_grad:
@@ -199,12 +195,6 @@ class RunningPass:
         gradient = tensor.gradient(self.scales.of_loss) if self.gradient else tensor.no_gradient()
         applied = None if self.is_clean else tensor.delta()
         return PassResult(units.only_tokens(gradient), units, self.loss, applied, self._logits, tensor.ids())
-
-    def _outputs_noted(self) -> AbstractContextManager[list[Tensor]]:
-        return embeddings_noted(self._shared.engine.model) if self.reads_outputs else nullcontext([])
-
-    def _with_gradient(self) -> int:
-        return sum(leaf.grad is not None for leaf in self.forward_pass.leaves)
 
 
 class LossScales:
@@ -308,6 +298,23 @@ def _refuse_own_backward(running: RunningPass) -> None:
             "gradient that it keeps would be that of the clean inputs. Compute the loss in one piece, or cache in "
             "its backward pass as sentence-transformers does."
         )
+
+
+def _outputs_noted(shared: MicroBatch) -> AbstractContextManager[list[Tensor]]:
+    return embeddings_noted(shared.engine.model) if shared.reads_outputs else nullcontext([])
+
+
+def _with_gradient(running: RunningPass) -> int:
+    return sum(leaf.grad is not None for leaf in running.forward_pass.leaves)
+
+
+def _against_of(request: Request, loss: int, logits: Outputs) -> tuple[Against, ...]:
+    """What the outputs of a loss are compared with; of several losses, each with its own part."""
+    against = () if isinstance(request, ForwardPass) else request.against
+    if against:
+        _check_graph(logits)
+    own = slice(loss * len(logits), (loss + 1) * len(logits))
+    return tuple(replace(a, outputs=a.outputs[own]) for a in against)
 
 
 def _check_graph(logits: Outputs) -> None:

@@ -126,12 +126,8 @@ class PerturbedForward(WatchedForward):
         if call is None:
             return value
         call.repeated = True
-        if not call.graded and call.key not in self.step.cached:
-            if self._delta is not None:
-                raise RuntimeError(_DRAWN_TOO_LATE)
-            self.step.cached.add(call.key)
-        if not call.graded and self.wanted and not self.trains:
-            raise RuntimeError(_CACHED)
+        if not call.graded:
+            _note_cached(self.step, call, self._delta is not None, self.wanted and not self.trains)
         return self._moved(call, value)
 
     # What came of it --------------------------------------------------------------------------------------------------
@@ -186,6 +182,16 @@ def _refuse_no_gradient(step: StepCalls, own: list[Call]) -> None:
         "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
         "`adv_target` that lies on the way from the inputs to the loss."
     )
+
+
+def _note_cached(step: StepCalls, call: Call, moved: bool, trains_nothing: bool) -> None:
+    """A call without autograd that the backward pass runs again."""
+    if call.key not in step.cached:
+        if moved:
+            raise RuntimeError(_DRAWN_TOO_LATE)
+        step.cached.add(call.key)
+    if trains_nothing:
+        raise RuntimeError(_CACHED)
 
 
 def _owe(owed: list[Owed], call: Call, gradient: Tensor) -> None:
