@@ -13,11 +13,25 @@ from .robustness import RobustnessReport, plot_robustness
 
 TAGS = ("adversarial-training", "fgm_trainer")
 PICTURE = "robustness.png"
-# What a report's figure is of, where the card does not say.
-_TASKS = {"exact_match": "question-answering", "loss": "text-generation"}
+# What a model is for, by a part of its class's name.
+_TASKS = {
+    "ImageClassification": "image-classification",
+    "AudioClassification": "audio-classification",
+    "SequenceClassification": "text-classification",
+    "TokenClassification": "token-classification",
+    "MultipleChoice": "multiple-choice",
+    "QuestionAnswering": "question-answering",
+    "MaskedLM": "fill-mask",
+    "Seq2SeqLM": "text2text-generation",
+    "ConditionalGeneration": "text2text-generation",
+    "CausalLM": "text-generation",
+    "LMHead": "text-generation",
+    "SentenceTransformer": "sentence-similarity",
+}
+_OTHER = "other"
 
 
-def add_to_card(folder: str | Path, plan: Plan, scope: str, reports: Mapping[str, RobustnessReport]) -> None:
+def add_to_card(folder: str | Path, plan: Plan, scope: str, reports: Mapping[str, RobustnessReport], kind: str) -> None:
     """Adds the attack's settings and, where there are reports, accuracies under attack to the card of a Trainer.
 
     Args:
@@ -25,17 +39,19 @@ def add_to_card(folder: str | Path, plan: Plan, scope: str, reports: Mapping[str
         plan: how the model was attacked.
         scope: the attack's, resolved.
         reports: of the evaluations, by the name of the data; `""` where there is one without a name.
+        kind: the name of the model's class.
     """
+    task = next((task for part, task in _TASKS.items() if part in kind), _OTHER)
     folder = Path(folder)
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
     data = card.data
     data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
     known = list(data.eval_results or [])
-    found = [result for name, report in reports.items() for result in _results(name, report, known)]
+    found = [result for name, report in reports.items() for result in _results(name, report, known, task)]
     if found:
         data.model_name = data.model_name or folder.resolve().name
         data.eval_results = known + found
-    sections = [_settings(plan, scope), *(_section(name, report) for name, report in reports.items())]
+    sections = [_settings(plan, scope), *(_section(name, report, task) for name, report in reports.items())]
     if reports and importlib.util.find_spec("matplotlib") is not None:
         first = next(iter(reports.values()))
         plot_robustness({folder.resolve().name: first}, folder / PICTURE)
@@ -50,12 +66,12 @@ def _settings(plan: Plan, scope: str) -> str:
     return _table("Adversarial training", ["setting", "value"], [[name, str(value)] for name, value in rows.items()])
 
 
-def _section(name: str, report: RobustnessReport) -> str:
+def _section(name: str, report: RobustnessReport, task: str) -> str:
     heads, *rows = report.table()
     text = _table(f"Robustness{f' on {name}' if name else ''}", heads, rows)
     of = f"{report.metric.replace('_', ' ').capitalize()} of {report.examples} examples"
     text += f"\n{of}{', with 95 % intervals' if report.is_share else ''}; epsilon is the length of the perturbation.\n"
-    if report.metric == "accuracy" and not report.further:
+    if report.metric == "accuracy" and not report.further and task == "text-classification":
         text += "To attack the model again, on texts of your own:\n\n"
         text += "```bash\nfgm-train attack MODEL --data FILE --attacks strong\n```\n"
     return text
@@ -66,9 +82,9 @@ def _table(title: str, heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join([f"## {title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
-def _results(name: str, report: RobustnessReport, known: list[EvalResult]) -> list[EvalResult]:
+def _results(name: str, report: RobustnessReport, known: list[EvalResult], task: str) -> list[EvalResult]:
     """One entry of the model index for each attack and epsilon, of the data that the card names."""
-    task = known[0].task_type if known else _TASKS.get(report.metric, "text-classification")
+    task = known[0].task_type if known else task
     # Entries are told apart by the data's type, not by its name.
     data_type = name or (known[0].dataset_type if known else "custom")
     data_name = name or (known[0].dataset_name if known else "evaluation data")

@@ -6,12 +6,12 @@ import os
 from typing import Any
 
 import torch
-from transformers import Seq2SeqTrainer, Trainer
 
 from .engine.accelerate import AllProcesses
 from .engine.driver import Driver
 from .engine.guessing import GuessingLoss, guessing_of
 from .engine.kept import Kept
+from .loss_scale import is_the_models_own
 from .plan import Plan
 
 # Beside the Trainer's own files of a checkpoint.
@@ -56,10 +56,7 @@ class RunState:
 
     def _guessing(self, driver: Driver) -> GuessingLoss:
         """What guessing would cost is known of the model's own loss alone."""
-        trainer = self._trainer
-        own = type(trainer).compute_loss in (Trainer.compute_loss, Seq2SeqTrainer.compute_loss)
-        own = own and getattr(trainer, "compute_loss_func", None) is None and trainer.label_smoother is None
-        return guessing_of(driver.engine.model) if own else GuessingLoss()
+        return guessing_of(driver.engine.model) if is_the_models_own(self._trainer) else GuessingLoss()
 
     def settle(self, driver: Driver | None) -> None:
         """Between two optimizer steps: what all processes have found."""

@@ -39,7 +39,7 @@ from .robustness import (
 )
 from .robustness.candidates import Candidates
 from .robustness.evaluate import EPSILONS, PRESETS
-from .robustness.text import longest
+from .robustness.text import check_classifier, longest
 
 TEXT_COLUMNS = ("sentence", "text")
 CANDIDATES: dict[str, Callable[[Any, Any], Candidates]] = {
@@ -65,8 +65,8 @@ class AttackArguments:
     )
     samples: int = field(default=400, metadata={"help": "At most so many rows, drawn by `seed`."})
     words: bool = field(default=False, metadata={"help": "Change words of the texts too (single texts)."})
-    candidates: list[str] = field(
-        default_factory=lambda: ["characters"],
+    candidates: list[str] | None = field(
+        default=None,
         metadata={"help": f"What their words become: {', '.join(CANDIDATES)}; each is an attack of its own."},
     )
     max_length: int = field(default=128, metadata={"help": "Tokens a text."})
@@ -87,12 +87,17 @@ def attack(words: Sequence[str]) -> None:
     args, named = parser.parse_args_into_dataclasses(list(words))
     if args.words and args.text_pair is not None:
         raise ValueError("--words can change single texts alone: leave it or --text_pair out.")
-    unknown = [name for name in args.candidates if name not in CANDIDATES]
+    if args.candidates and not args.words:
+        raise ValueError("--candidates say what words become: add --words, or leave them out.")
+    kinds = (args.candidates or ["characters"]) if args.words else []
+    unknown = [name for name in kinds if name not in CANDIDATES]
     if unknown:
         raise ValueError(f"--candidates are of {', '.join(CANDIDATES)}; found {', '.join(unknown)}.")
     model, tokenizer = load(named.model)
-    # Before the attack on embeddings, which takes a while, since a dictionary may not be there.
-    candidates = {name: CANDIDATES[name](model, tokenizer) for name in args.candidates if args.words}
+    # Before the attack on embeddings, which takes a while: a dictionary may not be there, or the model no classifier.
+    candidates = {name: CANDIDATES[name](model, tokenizer) for name in kinds}
+    if args.words:
+        check_classifier(model)
     texts, pairs, labels = read(args, model.config)
     args.max_length = min(args.max_length, longest(model, tokenizer))
     encoded = tokenizer(texts, *([] if pairs is None else [pairs]), truncation=True, max_length=args.max_length)

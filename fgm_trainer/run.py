@@ -16,6 +16,7 @@ from .engine.controller import EpsilonController
 from .engine.driver import Driver, unit_of
 from .engine.kept import Kept
 from .engine.running_pass import RunPass
+from .loss_scale import LossScale
 from .metrics import RunFigures
 from .perturbation.batches import examples_in, without_column
 from .perturbation.target import Target
@@ -43,7 +44,7 @@ class AttackedRun:
         self._trainer, self.plan = trainer, plan
         self.driver: Driver | None = None
         self.figures = RunFigures(trainer, plan.schedule)
-        self._position = _Position(trainer)
+        self._position, self._scale = _Position(trainer), LossScale(trainer)
         self._checked_batch = False
         self.state = RunState(trainer, plan)
 
@@ -72,12 +73,12 @@ class AttackedRun:
         if self._position.next() == 0:
             self.state.settle(driver)
         if factor == 0 and self._checked_batch:
-            return self._noted_clean(kept, stock(model, inputs), inputs)
+            return self._noted_clean(driver, kept, stock(model, inputs), inputs)
         run_pass = functools.partial(make_pass, self._trainer, stock)
         try:
             with self.figures.watched(model, _labels_in(inputs, self._trainer)):
                 if factor == 0:
-                    loss = self._noted_clean(kept, driver.check(inputs, run_pass), inputs)
+                    loss = self._noted_clean(driver, kept, driver.check(inputs, run_pass), inputs)
                 else:
                     loss = self._attacked(driver, kept, factor, inputs, given, run_pass)
             self._checked_batch = True
@@ -90,12 +91,14 @@ class AttackedRun:
         self, driver: Driver, kept: Kept, factor: float, inputs: Any, given: Any, run_pass: RunPass
     ) -> Tensor:
         self.figures.begin(self._position.index == 0)
-        controller, micro_batches = kept.controller, _micro_batches_of(self._trainer)
+        controller, micro_batches = kept.controller, self._scale.micro_batches
         epsilon: Any = factor * float(driver.attack.epsilon) if controller is None else controller.epsilon
         step = Step(epsilon, self._position.seed(), kept.memory, examples_in(inputs))
         passes = driver.run(step, inputs, run_pass, given, micro_batches)
         if controller is not None:
-            controller.observe(passes, _labels_in(inputs, self._trainer), micro_batches, rise=factor)
+            labels = _labels_in(inputs, self._trainer)
+            scale = self._scale.of(driver.engine.model, inputs)
+            controller.observe(passes, labels, factor, of_losses=scale, of_divergences=micro_batches)
         kept.due = True
         for counter in self.counters:
             counter.value += 1
@@ -104,11 +107,10 @@ class AttackedRun:
         clean = [each for each in trained if each.is_clean]
         return (clean[-1] if clean else trained[0]).unweighted
 
-    def _noted_clean(self, kept: Kept, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def _noted_clean(self, driver: Driver, kept: Kept, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         if kept.controller is not None:
-            kept.controller.observe_clean(
-                loss.detach(), _labels_in(inputs, self._trainer), _micro_batches_of(self._trainer)
-            )
+            scale = self._scale.of(driver.engine.model, inputs)
+            kept.controller.observe_clean(loss.detach() * scale, _labels_in(inputs, self._trainer))
             kept.due = True
         return loss
 
@@ -187,12 +189,6 @@ class AttackedRun:
 def _labels_in(inputs: Mapping[str, Any], trainer: Any) -> Any:
     names: Any = trainer.label_names or ()
     return inputs.get(names[0]) if len(names) == 1 else None
-
-
-def _micro_batches_of(trainer: Any) -> int:
-    """How many micro-batches this optimizer step has."""
-    accumulation = trainer.args.gradient_accumulation_steps
-    return int(getattr(trainer, "current_gradient_accumulation_steps", accumulation))
 
 
 class _Position:

@@ -109,6 +109,8 @@ class AdversarialTrainerMixin(_Base):
         """
         self._begin()
         self._refuse()
+        # They were of another model.
+        self._reports = {}
         if self._given[0] is None and not isinstance(self._flags, AdversarialArguments):
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
         try:
@@ -172,7 +174,9 @@ class AdversarialTrainerMixin(_Base):
         """`Trainer.create_model_card`, with the attack's settings and what `evaluate_robustness` found last."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and (self._run.plan.attacks or self._reports):
-            add_to_card(str(self.args.output_dir), self._run.plan, self._run.scope, self._reports)
+            model: Any = self.model
+            kind = type(bare(model, self.accelerator)).__name__
+            add_to_card(str(self.args.output_dir), self._run.plan, self._run.scope, self._reports, kind)
 
     # What Trainer asks for on the way ---------------------------------------------------------------------------------
 

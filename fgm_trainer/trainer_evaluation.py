@@ -11,6 +11,7 @@ from .engine.accelerate import bare, whole_copies
 from .plan import Plan
 from .robustness import RobustnessReport, evaluate_embedder, evaluate_robustness
 from .robustness.embedders import is_embedder
+from .robustness.evaluate import by_name, columns_of
 
 
 def dataset_of(trainer: Any, given: Any) -> Any:
@@ -41,7 +42,7 @@ def evaluate_trainer(trainer: Any, plan: Plan, dataset: Any, **kwargs: Any) -> R
     collate = kwargs.pop("collate_fn", trainer.data_collator)
     embeds = is_embedder(model)
     if not embeds:
-        collate = trainer._get_collator_with_removed_columns(collate, description="evaluation")
+        collate = _with_columns(trainer, collate, columns_of(by_name(kwargs.get("attacks", "quick"))))
     parts: dict[str, Any] = {
         "batch_size": args.eval_batch_size,
         # A model that was trained on perturbed weights is evaluated on perturbed inputs.
@@ -56,6 +57,17 @@ def evaluate_trainer(trainer: Any, plan: Plan, dataset: Any, **kwargs: Any) -> R
     evaluate: Any = evaluate_embedder if embeds else evaluate_robustness
     report: RobustnessReport = evaluate(model, dataset, **parts | kwargs)
     return report
+
+
+def _with_columns(trainer: Any, collate: Any, columns: set[Any]) -> Any:
+    """The Trainer's collator, which drops what the model's forward does not take, but for what attacks read."""
+    trainer._set_signature_columns_if_needed()
+    known = trainer._signature_columns
+    try:
+        trainer._signature_columns = known and [*known, *(name for name in columns if isinstance(name, str))]
+        return trainer._get_collator_with_removed_columns(collate, description="evaluation")
+    finally:
+        trainer._signature_columns = known
 
 
 def _on_its_device(trainer: Any) -> nn.Module:

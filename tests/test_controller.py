@@ -11,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import AdversarialInOrder, distance, padded_data, tiny, train
 from test_faults import flags
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForAudioFrameClassification,
+)
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer
 from fgm_trainer.attacks import ATTACKS, GradientPass, PartialFGM
 from fgm_trainer.engine.controller import EpsilonController, losses_of
-from fgm_trainer.engine.guessing import GuessingLoss
+from fgm_trainer.engine.guessing import GuessingLoss, guessing_of
 from fgm_trainer.loops import Adversary
 
 HALF = torch.tensor([0, 1])
@@ -178,6 +184,36 @@ def test_the_loss_of_guessing_is_that_of_the_best_constant_answer():
     assert math.isnan(guess(GuessingLoss(3), None))
 
 
+def test_labels_that_are_not_there_count_in_no_column():
+    several = torch.tensor([[1.0, -100.0], [1.0, 1.0], [0.0, 0.0], [-100.0, 0.0]])
+    rates = torch.tensor([2 / 3, 1 / 3])
+    entropy = -(rates * rates.log() + (1 - rates) * (1 - rates).log()).mean()
+    assert guess(GuessingLoss(2), several[:2], several[2:]) == pytest.approx(entropy.item())
+    assert bearable(GuessingLoss(2), several) == pytest.approx(2.5 / 3)
+    # Labels that can't be those of so many columns say nothing.
+    assert math.isnan(guess(GuessingLoss(3), torch.rand(4)))
+
+
+class OwnLossForSequenceClassification(BertForSequenceClassification):
+    def forward(self, labels=None, **inputs):
+        return super().forward(labels=labels, **inputs)
+
+
+def test_of_which_models_the_loss_of_guessing_is_known():
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3)
+    classes, one = torch.tensor([0, 1, 2]), torch.tensor([[0.0], [1.0]])
+    model = BertForSequenceClassification(config)
+    assert guess(guessing_of(model), classes) == pytest.approx(math.log(3))
+    assert math.isnan(guess(guessing_of(OwnLossForSequenceClassification(config)), classes))
+    config.num_labels = 1
+    assert guess(guessing_of(BertForSequenceClassification(config)), one) == pytest.approx(0.25)
+    config.problem_type = "multi_label_classification"
+    assert guess(guessing_of(BertForSequenceClassification(config)), one) == pytest.approx(math.log(2))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    frames = Wav2Vec2ForAudioFrameClassification(Wav2Vec2Config(num_labels=3, **sizes))
+    assert math.isnan(guess(guessing_of(frames), torch.eye(3)[None]))
+
+
 def bearable(one, *batches):
     return one.bearable(sum(one.counts(labels, torch.zeros(())) for labels in batches)).item()
 
@@ -245,6 +281,34 @@ def test_every_method_finds_an_epsilon(method, scope):
     norms = [line["adv_delta_norm"] for line in trainer.state.log_history if "adv_epsilon" in line]
     assert all(math.isfinite(norm) for norm in norms)
     assert max(norms) > 0
+
+
+def learned(kind):
+    """A model that gets most labels right."""
+    model, data = tiny(kind), learnable(24)
+    batch = {name: torch.tensor([row[name] for row in data]) for name in data[0]}
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(30):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("method", ["fgm", "partial_fgm", "vat", "freelb"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "deberta", "modernbert"])
+def test_accumulation_changes_nothing(kind, method):
+    """Some heads divide by the items of the whole step, some take their number and leave it alone."""
+    logged = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        flags = {"adv_method": method, "adv_kwargs": {"share": 1.0} if method == "partial_fgm" else None}
+        flags |= {"adv_epsilon": "auto", "adv_warmup": 0, "batch": batch, "accumulate": accumulate, "logging_steps": 1}
+        model = learned(kind)
+        # Nothing more is learned, so that the two runs differ by what is reported alone.
+        trainer = train(model, learnable(48), trainer=Seen, lr=0.0, num_train_epochs=5, **flags)
+        logged.append([line["adv_epsilon"] for line in trainer.state.log_history if "adv_epsilon" in line])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+    assert logged[0][-1] != logged[0][-5]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])

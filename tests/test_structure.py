@@ -24,6 +24,7 @@ LAYERS = [
     "plan",
     "cards",
     "trainer_pass",
+    "loss_scale",
     "checkpoint",
     "trainer_evaluation",
     "run",

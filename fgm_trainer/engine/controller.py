@@ -83,13 +83,22 @@ class EpsilonController:
         """Whether epsilon is no larger than at the start; waits for the device."""
         return bool(self.epsilon <= _START * self._state["length"])
 
-    def observe(self, passes: Sequence[RunningPass], labels: Any, micro_batches: int = 1, rise: float = 1.0) -> None:
+    def observe(
+        self,
+        passes: Sequence[RunningPass],
+        labels: Any,
+        rise: float = 1.0,
+        *,
+        of_losses: float = 1.0,
+        of_divergences: float = 1.0,
+    ) -> None:
         """Notes an attacked micro-batch.
 
         Args:
             passes: all that were run, in order.
             labels: the batch's, None where it has none of its own.
-            micro_batches: by how many the loop has divided the losses that it reported.
+            of_losses: what reported losses are multiplied by, so that their mean is that of the step.
+            of_divergences: the same of divergences.
             rise: the part of `strength` that the next step shall have, by the schedule.
         """
         self._rise = rise
@@ -97,13 +106,13 @@ class EpsilonController:
         values, deltas = perturbed[-1].forward_pass.example_norms()
         moved = (deltas > 0) & (values > 0)
         relative = torch.where(moved, deltas / values, 0.0).sum()
-        clean, added = losses_of(passes)
-        self.note(clean * micro_batches, added * micro_batches, relative, moved.sum(), labels)
+        clean, added = losses_of(passes, of_losses, of_divergences)
+        self.note(clean, added, relative, moved.sum(), labels)
 
-    def observe_clean(self, loss: Tensor, labels: Any, micro_batches: int = 1) -> None:
-        """Notes a micro-batch without attack, arguments as for `observe`."""
+    def observe_clean(self, loss: Tensor, labels: Any) -> None:
+        """Notes the loss of a micro-batch without attack, multiplied as in `observe`."""
         nothing = torch.zeros_like(self.epsilon)
-        self.note(loss * micro_batches, nothing.log(), nothing, nothing, labels)
+        self.note(loss, nothing.log(), nothing, nothing, labels)
 
     def note(self, clean: Tensor, added: Tensor, relative: Tensor, rows: Tensor, labels: Any) -> None:
         """Notes the figures of a micro-batch.
@@ -191,8 +200,12 @@ def _to_lose(clean: Tensor, guess: Tensor, start: Tensor) -> Tensor:
     return torch.where(guess.isnan(), torch.maximum(start - clean, _LEAST * clean.abs()), guess - clean)
 
 
-def losses_of(passes: Sequence[RunningPass]) -> tuple[Tensor, Tensor]:
+def losses_of(
+    passes: Sequence[RunningPass], of_losses: float = 1.0, of_divergences: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The clean loss, and what the attack adds to the loss that is trained on, over the mean weight of all examples.
+
+    Reported losses are multiplied by the one factor, divergences by the other.
 
     With a the loss under attack, c the clean loss, v and w the weights of perturbed and clean examples the second is
     2 v (a - c) / (v + w): a - c where both have the same weight, twice that where only perturbed ones are trained on.
@@ -202,21 +215,23 @@ def losses_of(passes: Sequence[RunningPass]) -> tuple[Tensor, Tensor]:
     trained = [(each, each.request) for each in passes if isinstance(each.request, TrainPass)]
     last, request = [(each, request) for each, request in trained if not each.is_clean][-1]
     of_part = [each for each in passes if isinstance(each.request, GradientPass) and each.request.rows is request.rows]
+    perturbed_loss = last.unweighted * of_losses
     if request.rows is not None and of_part:
-        return _losses_of_a_part(of_part[0], last, request)
+        return _losses_of_a_part(of_part[0], last, request, perturbed_loss)
     if len(passes) == 1:
         relative = _to_first_order(last, last.forward_pass.tensor.delta()).clamp(max=1)
-        return last.unweighted * (1 - relative), 2 * last.unweighted * relative
+        return perturbed_loss * (1 - relative), 2 * perturbed_loss * relative
     seen = [each for each in passes if each.is_clean and not isinstance(each.request, ForwardPass)]
-    clean = next((each for each in seen if each.is_training), (seen or passes)[0]).unweighted
+    clean = next((each for each in seen if each.is_training), (seen or passes)[0]).unweighted * of_losses
     weight = sum(request.weight for each, request in trained if each.is_clean)
     if request.weight == 0:
-        return clean, last.unweighted * (2 * sum(against.weight for against in request.against) / (weight or 1.0))
+        share = sum(against.weight for against in request.against) / (weight or 1.0)
+        return clean, last.unweighted * of_divergences * (2 * share)
     perturbed = sum(request.weight for each, request in trained if not each.is_clean)
-    return clean, (last.unweighted - clean) * (2 * perturbed / (perturbed + weight))
+    return clean, (perturbed_loss - clean) * (2 * perturbed / (perturbed + weight))
 
 
-def _losses_of_a_part(first: RunningPass, last: RunningPass, request: TrainPass) -> tuple[Tensor, Tensor]:
+def _losses_of_a_part(first: RunningPass, last: RunningPass, request: TrainPass, loss: Tensor) -> tuple[Tensor, Tensor]:
     """The same where a part of the examples is perturbed, and the rest of the same pass is clean.
 
     The gradient is of that part alone, and its loss a mean over it, or its share of a sum over the whole step: what the
@@ -226,7 +241,7 @@ def _losses_of_a_part(first: RunningPass, last: RunningPass, request: TrainPass)
     assert isinstance(request.delta, Tensor)
     assert request.rows is not None
     relative = _to_first_order(first, request.delta) * len(request.rows) / last.examples
-    clean = last.unweighted / (1 + relative)
+    clean = loss / (1 + relative)
     return clean, 2 * clean * relative
 
 

@@ -36,6 +36,11 @@ _PREDICTS_HERE = frozenset(f"{name}ForCausalLM" for name in _DECODERS.split()) |
 }
 
 
+def predicts_next(task: str) -> bool:
+    """Whether a model's class is one whose positions predict the next one's label; encoders and decoders aside."""
+    return _PREDICTS_NEXT.search(task) is not None and task not in _PREDICTS_HERE
+
+
 @dataclass(frozen=True)
 class Against:
     """The divergence of a pass's outputs from outputs that are given and fixed.
@@ -164,7 +169,7 @@ def counted_positions(logits: Tensor, model: nn.Module, batch: Mapping[str, Any]
     if len(places) < 2:
         return None
     seq2seq, task = bool(_setting(model, "is_encoder_decoder")), _task_of(model)
-    next_one = not seq2seq and _PREDICTS_NEXT.search(task) is not None and task not in _PREDICTS_HERE
+    next_one = not seq2seq and predicts_next(task)
     # Only these may have more positions than labels, or fewer; elsewhere a length that differs means something else.
     aligned = seq2seq or next_one
     labels = batch.get("labels")

@@ -62,10 +62,12 @@ class NearestTokens:
         tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         begin = [(token, number) for token, number in tokens if token[:1] in ("\u0120", "\u2581")]
         named = [(tokenizer.convert_tokens_to_string([token]).strip(), number) for token, number in begin or tokens]
-        vocabulary = {word: number for word, number in reversed(named) if word.isalpha() and len(word) > 1}
-        self._words = list(vocabulary)
         lookup: Any = input_embedding(model)
         weight = lookup.weight.detach().float().cpu()
+        # A tokenizer may have more tokens than the lookup has rows.
+        known = [(word, number) for word, number in reversed(named) if number < len(weight)]
+        vocabulary = {word: number for word, number in known if word.isalpha() and len(word) > 1}
+        self._words = list(vocabulary)
         self._rows = nn.functional.normalize(weight[list(vocabulary.values())], dim=1)
         self._places = {word: place for place, word in enumerate(self._words)}
         self._count, self._least = count, least

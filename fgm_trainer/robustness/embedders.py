@@ -18,6 +18,8 @@ from .tasks import Numbers, Outcome, Task, output
 # As sentence-transformers names them.
 LABELS = ("label", "labels", "score", "scores")
 _IDS = "_input_ids"
+# Logits that differ by no more are those of rounding.
+_AS_NEAR = 1e-5
 
 
 def is_embedder(model: nn.Module) -> bool:
@@ -86,15 +88,17 @@ def evaluate_embedder(
 
 
 class Ranks(Task):
-    """Retrieval: a query falls where another text is nearer than its own. Accuracy, mean reciprocal rank."""
+    """Retrieval: a query falls where another text is as near as its own. Accuracy, mean reciprocal rank."""
 
     # Each other text would be a target; the margin is that of the nearest.
     classes = 2
 
     def judge(self, outputs: Any, batch: Mapping[str, Any]) -> Outcome:
         logits, labels = output(outputs, "logits", 1), self.labels(batch)
-        rank = (logits > logits.gather(1, labels[:, None])).sum(1) + 1
-        return Outcome(rank == 1, 1 - 1 / rank, rank)
+        # What is as near comes first: else a model that says the same of all would be right.
+        near = logits >= logits.gather(1, labels[:, None]) - _AS_NEAR
+        rank = near.sum(1).clamp(min=1)
+        return Outcome(rank == 1, 1 - 1 / rank, rank).unless_nan(logits, self.worst)
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
         error = torch.cat([each.error.double() for each in outcomes])

@@ -32,6 +32,11 @@ class Member:
     restarts: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.attack, Attack):
+            raise ValueError(
+                f"A member's attack is one of fgm_trainer's; found {type(self.attack).__name__}. "
+                "Others stand in the list of attacks by themselves."
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; found {self.loss!r}.")
 

@@ -76,13 +76,13 @@ def evaluate_robustness(
     Raises:
         ValueError: bad epsilons, no attack, an empty data set, labels or logits of another shape.
     """
-    strongly, attacks = attacks == "strong", _by_name(attacks)
+    strongly, attacks = attacks == "strong", by_name(attacks)
     grid = _check_grid(epsilons, attacks, dataset)
     model = getattr(model, "_orig_mod", model)
     place = target if isinstance(target, Target) else find_target(target or "word_embeddings", model)
     names = _names(attacks)
     found: list[_Found] = []
-    evaluation = Evaluation(model, place, unit_of(epsilon_unit, model), _columns(attacks), task)
+    evaluation = Evaluation(model, place, unit_of(epsilon_unit, model), columns_of(attacks), task)
     turns, own = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     with evaluating(model, place, clip):
         batches = batches_of(dataset, batch_size, collate_fn, seed)
@@ -232,15 +232,18 @@ def _report(task: Task, found: Sequence[_Found], grid: tuple[float, ...]) -> Rob
     )
 
 
-def _columns(attacks: Sequence[AnyAttack]) -> set[Any]:
+def columns_of(attacks: Sequence[AnyAttack]) -> set[Any]:
     """What the attacks are targeted at, columns of the data among it."""
     members = [member.attack for a in attacks if isinstance(a, Ensemble) for member in a.members]
     return {attack.targeted for attack in (*members, *(a for a in attacks if isinstance(a, Attack)))}
 
 
-def _by_name(attacks: Sequence[AnyAttack] | str) -> Sequence[AnyAttack]:
+def by_name(attacks: Sequence[AnyAttack] | str) -> Sequence[AnyAttack]:
+    """The attacks of a preset, or those that are given; a single one as a list."""
     if isinstance(attacks, str) and attacks not in PRESETS:
         raise ValueError(f"attacks is a list of attacks, or one of {', '.join(PRESETS)}; found {attacks!r}.")
+    if isinstance(attacks, (Attack, Ensemble, Foolbox)):
+        return [attacks]
     return PRESETS[attacks]() if isinstance(attacks, str) else attacks
 
 

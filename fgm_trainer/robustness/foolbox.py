@@ -51,10 +51,15 @@ class Foolbox:
         Raises:
             ValueError: the target is called more than once, or labels are no classes.
         """
-        labels = batch["labels"].flatten()
-        if labels.is_floating_point():
-            raise ValueError(f"foolbox attacks classifiers; here labels are numbers ({labels.dtype}).")
-        function = _FromValue(model, place, batch)
+        given = batch.get("labels")
+        if not isinstance(given, Tensor) or given.is_floating_point() or given.numel() != len(given):
+            shape = f"{tuple(given.shape)} of {given.dtype}" if isinstance(given, Tensor) else "no tensor"
+            raise ValueError(f"foolbox attacks classifiers with one label an example; here labels are {shape}.")
+        labels, function = given.flatten(), _FromValue(model, place, batch)
+        if len(function.clean) != len(labels):
+            raise ValueError(
+                f"foolbox attacks one row an example; {place} has {len(function.clean)} for {len(labels)} examples."
+            )
         with _weights_frozen(model), torch.enable_grad(), random_state_kept(labels.device):
             torch.manual_seed(seed)
             found = self._found(function, function.clean, labels, epsilon)

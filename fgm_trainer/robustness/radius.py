@@ -18,6 +18,7 @@ from ..perturbation.targets import find_target
 from .data import bar, batches_of, on_device
 from .evaluate import Evaluation
 from .passes import evaluating, passes_of
+from .report import plain
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RadiusReport:
 
     @property
     def median(self) -> float:
-        """The radius that half of the examples do not exceed; infinite where more than half stand."""
+        """The radius that half of the examples do not exceed; infinite where half or more stand."""
         ordered = sorted(self.radii)
         return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
@@ -55,8 +56,9 @@ class RadiusReport:
         return sum(radius > epsilon for radius in self.radii) / len(self.radii)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
-        return asdict(self)
+        """As plain data, for JSON: None for a radius that is infinite."""
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
 
 def smallest_epsilons(

@@ -11,6 +11,15 @@ from typing import Any
 _Z = 1.959963984540054
 
 
+def plain(value: Any) -> Any:
+    """The same with None in place of numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @dataclass(frozen=True)
 class RobustnessReport:
     """What `evaluate_robustness` measured.
@@ -59,8 +68,9 @@ class RobustnessReport:
         return self.further.get("pearson")
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
-        return asdict(self)
+        """The report as plain data, for JSON: None where a number is not finite."""
+        found: dict[str, Any] = plain(asdict(self))
+        return found
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an example, for `datasets.Dataset.from_list`: label, prediction, and where it fell to each attack."""

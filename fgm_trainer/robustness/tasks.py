@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..perturbation.divergence import predicts_next
+
 # Labels of positions that no loss counts.
 IGNORED = -100
 
@@ -43,6 +45,12 @@ class Outcome:
     def rows(self, chosen: Tensor) -> Outcome:
         """Some of the examples."""
         return Outcome(self.right[chosen], self.error[chosen], self.prediction[chosen])
+
+    def unless_nan(self, answers: Tensor, worst: float) -> Outcome:
+        """Wrong, and as wrong as can be, where the model's answer (examples, ...) holds a NaN."""
+        broken = answers.isnan().flatten(1).any(1)
+        error = self.error.masked_fill(broken, worst)
+        return Outcome(self.right & ~broken, error, self.prediction)
 
     def with_rows(self, chosen: Tensor, other: Outcome) -> Outcome:
         """With others in the place of some."""
@@ -95,9 +103,10 @@ class Classes(Task):
         return labels
 
     def judge(self, outputs: Any, batch: Mapping[str, Any]) -> Outcome:
-        prediction = output(outputs, "logits", 1).argmax(1)
+        logits = output(outputs, "logits", 1)
+        prediction = logits.argmax(1)
         right = prediction == self.labels(batch)
-        return Outcome(right, (~right).float(), prediction)
+        return Outcome(right, (~right).float(), prediction).unless_nan(logits, self.worst)
 
 
 class Numbers(Task):
@@ -117,7 +126,9 @@ class Numbers(Task):
         labels = self.labels(batch)
         prediction = output(outputs, "logits", 1).float().view(labels.shape)
         error = (prediction - labels).square().view(len(labels), -1).mean(1)
-        return Outcome(torch.ones_like(error, dtype=torch.bool), error, prediction)
+        return Outcome(torch.ones_like(error, dtype=torch.bool), error, prediction).unless_nan(
+            error[:, None], self.worst
+        )
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
         found = {self.metric: _mean([each.error for each in outcomes])}
@@ -130,15 +141,22 @@ class Numbers(Task):
 
 
 class SeveralLabels(Task):
-    """Several labels an example, each there or not: it falls where one is wrong. Accuracy of whole examples, F1."""
+    """Several labels an example, each there or not: it falls where one is wrong. Accuracy of whole examples, F1.
+
+    Labels of -100 are not known, and count nowhere.
+    """
 
     def judge(self, outputs: Any, batch: Mapping[str, Any]) -> Outcome:
-        prediction = (output(outputs, "logits", 1) > 0).long()
-        wrong = prediction != self.labels(batch).long()
-        return Outcome(~wrong.any(1), wrong.float().mean(1), prediction)
+        logits, labels = output(outputs, "logits", 1), self.labels(batch).long()
+        prediction, there = (logits > 0).long(), labels != IGNORED
+        wrong = (prediction != labels) & there
+        error = wrong.sum(1) / there.sum(1).clamp(min=1)
+        return Outcome(~wrong.any(1), error, prediction).unless_nan(logits.masked_fill(~there, 0.0), self.worst)
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
-        found, true = torch.cat([o.prediction for o in outcomes]).bool(), torch.cat(list(labels)).bool()
+        given = torch.cat(list(labels)).long()
+        there, true = given != IGNORED, given == 1
+        found = torch.cat([o.prediction for o in outcomes]).bool() & there
         hits, all_of_them = (found & true).sum().item(), (found.sum() + true.sum()).item()
         return super().figures(outcomes, labels) | {"f1": 2 * hits / all_of_them if all_of_them else 1.0}
 
@@ -161,10 +179,11 @@ class Tags(Task):
         self._entities = "O" in self._names and any(name.startswith("B-") for name in self._names)
 
     def judge(self, outputs: Any, batch: Mapping[str, Any]) -> Outcome:
-        labels, prediction = batch["labels"], output(outputs, "logits", 1).argmax(2)
-        there = labels != IGNORED
+        labels, logits = batch["labels"], output(outputs, "logits", 1)
+        prediction, there = logits.argmax(2), labels != IGNORED
         wrong = (prediction != labels) & there
-        return Outcome(~wrong.any(1), wrong.sum(1) / there.sum(1).clamp(min=1), prediction)
+        found = Outcome(~wrong.any(1), wrong.sum(1) / there.sum(1).clamp(min=1), prediction)
+        return found.unless_nan(logits.masked_fill(~there[..., None], 0.0), self.worst)
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
         pairs = [
@@ -204,7 +223,8 @@ class Spans(Task):
         length = prediction.new_tensor([-1, 1])
         shared = torch.minimum(prediction, labels)[:, 1] - torch.maximum(prediction, labels)[:, 0] + 1
         total = (prediction * length).sum(1) + (labels * length).sum(1) + 2
-        return Outcome((prediction == labels).all(1), 1 - 2 * shared.clamp(min=0) / total, prediction)
+        found = Outcome((prediction == labels).all(1), 1 - 2 * shared.clamp(min=0) / total, prediction)
+        return found.unless_nan(both, self.worst)
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
         return super().figures(outcomes, labels) | {"f1": 1 - _mean([each.error for each in outcomes])}
@@ -235,7 +255,8 @@ class Texts(Task):
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         error = losses.sum(1) / self.labels(batch).clamp(min=1)
-        return Outcome(torch.ones_like(error, dtype=torch.bool), error, error)
+        found = Outcome(torch.ones_like(error, dtype=torch.bool), error, error)
+        return found.unless_nan(error[:, None], self.worst)
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
         tokens = torch.cat(list(labels)).double()
@@ -283,7 +304,7 @@ def _texts(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Texts:
     """Shifted or not, as the model's own loss is; as the name says where that is no number."""
     own = output(outputs, "loss", 0)
     if not isinstance(own, Tensor) or not own.isfinite():
-        return Texts(shifted="CausalLM" in type(model).__name__)
+        return Texts(shifted=predicts_next(type(model).__name__))
 
     def apart(task: Texts) -> float:
         loss = task.figures([task.judge(outputs, batch)], [task.labels(batch)])["loss"]

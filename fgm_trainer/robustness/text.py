@@ -142,7 +142,7 @@ def attack_texts(
     Raises:
         ValueError: bad settings, or lists that do not fit each other.
     """
-    _check(texts, labels, before, {"most_changed": most_changed, "budget": budget, "beam": beam})
+    _check(model, texts, labels, before, {"most_changed": most_changed, "budget": budget, "beam": beam})
     firsts: Sequence[str | None] = [None] * len(texts) if before is None else before
     results = []
     with eval_mode(model):
@@ -295,9 +295,23 @@ def _mean(values: Iterator[Any]) -> float:
     return mean(found) if found else float("nan")
 
 
+def check_classifier(model: nn.Module) -> None:
+    """Raises ValueError where the model's configuration says that it does not give one class a text."""
+    config = getattr(model, "config", None)
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    if several or getattr(config, "num_labels", None) == 1:
+        gives = "several labels a text" if several else "one number a text"
+        raise ValueError(f"The texts can't be attacked: the model gives {gives}, and one class a text is attacked.")
+
+
 def _check(
-    texts: Sequence[str], labels: Sequence[int], before: Sequence[str] | None, settings: dict[str, float]
+    model: nn.Module,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    before: Sequence[str] | None,
+    settings: dict[str, float],
 ) -> None:
+    check_classifier(model)
     problems = []
     if len(texts) == 0:
         problems.append("there is no text.")
