@@ -95,7 +95,7 @@ def train(engine, case, path, model_path):
 
 
 def train_by_trainer(engine, case, path, model_path):
-    stock, rows = case.pop("stock", False), case.pop("rows", ROWS)
+    stock, rows, as_it_comes = case.pop("stock", False), case.pop("rows", ROWS), case.pop("as_it_comes", False)
     rule = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     common = {"max_steps": STEPS, "logging_steps": 2, **({"kind": TrainingArguments} if stock else {})}
     args = flags(path, **common | rule | SETTINGS.get(engine, {}) | case)
@@ -105,7 +105,7 @@ def train_by_trainer(engine, case, path, model_path):
     )
     events.trainer = trainer
     # transformers#47688: heads that ignore num_items_in_batch would have their loss scaled wrongly.
-    trainer.model_accepts_loss_kwargs = False
+    trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs and as_it_comes
     trainer.train()
     names = ("loss", "grad_norm", "learning_rate")
     log = [{k: v for k, v in line.items() if k in names or k.startswith("adv_")} for line in trainer.state.log_history]

@@ -1,6 +1,7 @@
 """Epsilon `auto`: the control law on plants that are written down, and on real runs."""
 
 import copy
+import inspect
 import itertools
 import math
 from dataclasses import dataclass
@@ -272,7 +273,7 @@ OTHER_SCOPES = [("fgm", "example"), ("fgm", "token"), ("freelb", "vocabulary"), 
 @pytest.mark.parametrize(("method", "scope"), [*((method, None) for method in sorted(ATTACKS)), *OTHER_SCOPES])
 def test_every_method_finds_an_epsilon(method, scope):
     flags = {"adv_epsilon": "auto", "adv_method": method, "adv_scope": scope, "num_train_epochs": 3, "batch": 8}
-    trainer = train(tiny("bert"), learnable(120), trainer=Seen, lr=0.05, **flags)
+    trainer = train(tiny("bert"), learnable(120), trainer=AsItComes, lr=0.05, **flags)
     logged = [line["adv_epsilon"] for line in trainer.state.log_history if "adv_epsilon" in line]
     assert len(logged) == 45
     assert all(0 < e < math.inf for e in logged)
@@ -283,20 +284,30 @@ def test_every_method_finds_an_epsilon(method, scope):
     assert max(norms) > 0
 
 
+class AsItComes(Seen):
+    """With what `models.train` takes back."""
+
+    def train(self, *args, **kwargs):
+        given = inspect.signature(type(self.model).forward).parameters.values()
+        self.model_accepts_loss_kwargs = any(each.kind is each.VAR_KEYWORD for each in given)
+        return super().train(*args, **kwargs)
+
+
 def learned(kind):
-    """A model that gets most labels right."""
+    """A model that is better than guessing, and would not be with four times its loss."""
     model, data = tiny(kind), learnable(24)
     batch = {name: torch.tensor([row[name] for row in data]) for name in data[0]}
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(30):
-        model(**batch).loss.backward()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    while (loss := model(**batch).loss) > 0.5:
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    assert loss > 0.3
     return model
 
 
 @pytest.mark.parametrize("method", ["fgm", "partial_fgm", "vat", "freelb"])
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "deberta", "modernbert"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert"])
 def test_accumulation_changes_nothing(kind, method):
     """Some heads divide by the items of the whole step, some take their number and leave it alone."""
     logged = []
@@ -305,7 +316,7 @@ def test_accumulation_changes_nothing(kind, method):
         flags |= {"adv_epsilon": "auto", "adv_warmup": 0, "batch": batch, "accumulate": accumulate, "logging_steps": 1}
         model = learned(kind)
         # Nothing more is learned, so that the two runs differ by what is reported alone.
-        trainer = train(model, learnable(48), trainer=Seen, lr=0.0, num_train_epochs=5, **flags)
+        trainer = train(model, learnable(48), trainer=AsItComes, lr=0.0, num_train_epochs=5, **flags)
         logged.append([line["adv_epsilon"] for line in trainer.state.log_history if "adv_epsilon" in line])
     assert logged[0] == pytest.approx(logged[1], rel=1e-3)
     assert logged[0][-1] != logged[0][-5]

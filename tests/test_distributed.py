@@ -50,6 +50,8 @@ STOCK = SMALL | {"stock": True, "measure": True}
 CLIPPED = SMALL | {"max_grad_norm": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 2}
 HALF = SMALL | {"bf16": True}
 FOUND = SMALL | {"adv_epsilon": "auto", "adv_scope": "example", "logging_steps": 1}
+# Losses as the head makes them, whatever that is in training: nothing is learned.
+AS_IT_COMES = FOUND | {"as_it_comes": True, "learning_rate": 0.0}
 # Three epochs, so that what is remembered of a row is asked for where the row has gone to.
 AGAIN = SMALL | {"adv_method": "atta", "adv_epsilon": 1.0, "adv_scope": "example", "max_steps": 9, "rows": 12}
 # What they draw is drawn by micro-batch.
@@ -122,7 +124,13 @@ def launch(engine, cases, out):
 def group(engine, part):
     """What one group of processes on the engine gave: pairs of a case and the results of all ranks."""
     require(engine, NEEDS.get(engine, {}), "deepspeed" if engine.startswith("zero") else "torch")
-    cases = REST if part == "rest" else COVER if engine in LOOPS else [*COVER, STOCK, CLIPPED, HALF, FOUND, AGAIN]
+    cases = (
+        REST
+        if part == "rest"
+        else COVER
+        if engine in LOOPS
+        else [*COVER, STOCK, CLIPPED, HALF, FOUND, AS_IT_COMES, AGAIN]
+    )
     with tempfile.TemporaryDirectory() as out:
         cases = [case for case in cases if engine.startswith("ddp") or case.get("adv_method") not in WHOLE]
         return list(zip(cases, launch(engine, cases, Path(out)), strict=True))
@@ -183,11 +191,14 @@ def test_what_is_remembered_of_a_row_is_known_on_every_process(engine):
     assert largest_difference(one["weights"], partial["weights"]) > 1e-4
 
 
+@pytest.mark.parametrize("case", [FOUND, AS_IT_COMES], ids=["divided", "as it comes"])
 @pytest.mark.parametrize("engine", marked(TRAINERS))
-def test_epsilon_auto_is_that_of_one_process_that_accumulates(engine):
+def test_epsilon_auto_is_that_of_one_process_with_the_whole_batch(engine, case):
+    whole = case | {"per_device_train_batch_size": 2 * PROCESSES.get(engine, 2)} if case == AS_IT_COMES else case
+    one = on_one_process("trainer", json.dumps(whole)) if case == AS_IT_COMES else accumulating(engine, case)
     logged = [
         [line["adv_epsilon"] for line in result["log"] if "adv_epsilon" in line]
-        for result in (accumulating(engine, FOUND), *ranks_of(engine, FOUND))
+        for result in (one, *ranks_of(engine, case))
     ]
     assert len(set(logged[0])) == STEPS
     for other in logged[1:]:
