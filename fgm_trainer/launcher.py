@@ -69,6 +69,8 @@ class patch:  # noqa: N801
     def __init__(self, **flags: Any) -> None:
         self.flags = AdversarialArguments(**flags)
         self.trainers: list[str] = []
+        # Whether one of them was asked to train, rather than to evaluate alone.
+        self.trained = False
         # Forked processes share it.
         self._counter = multiprocessing.Value("q", 0)
         if patch._active is not None:
@@ -124,7 +126,8 @@ class patch:  # noqa: N801
                 "fgm_trainer.loops.Adversary in place of its backward pass; in processes that a script spawns call "
                 "fgm_trainer.patch."
             )
-        raise RuntimeError(f"Nothing was attacked: {', '.join(self.trainers)} made no attacked training step.")
+        if self.trained:
+            raise RuntimeError(f"Nothing was attacked: {', '.join(self.trainers)} made no attacked training step.")
 
 
 class _TakesTheMixin(ABCMeta):
@@ -152,6 +155,10 @@ def _counted(base: type, patched: patch) -> type:
                 settings = ", ".join(f"{name} {value}" for name, value in plan.attack.settings().items())
                 what = f"attacks {plan.target}: {settings}" if plan.attacks else "does not attack: epsilon is 0"
                 print(f"fgm_trainer: {type(self).__name__} {what}", file=sys.stderr)
+
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            patched.trained = True
+            return super().train(*args, **kwargs)
 
         @property
         def _flags(self) -> Any:

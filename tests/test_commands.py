@@ -95,6 +95,8 @@ def test_errors(world):
         run(world, "data.jsonl", "--words", "--text_pair", "other")
     with pytest.raises(SystemExit, match="--candidates are of characters, nearest, wordnet; found letters"):
         run(world, "data.jsonl", "--words", "--candidates", "letters", "wordnet")
+    with pytest.raises(SystemExit, match="--candidates say what words become: add --words"):
+        run(world, "data.jsonl", "--candidates", "nearest")
 
 
 def test_a_checkpoint_without_a_head_is_refused(world):

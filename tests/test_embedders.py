@@ -131,3 +131,15 @@ def test_errors(embedder):
         evaluate_embedder(embedder, [{"a": "yes", "b": "no", "score": 4}])
     with pytest.raises(ValueError, match="the data set is empty"):
         evaluate_embedder(embedder, [])
+
+
+def test_an_embedder_that_says_the_same_of_all_finds_nothing(world):
+    import sentence_transformers
+
+    model = sentence_transformers.SentenceTransformer(str(world / "encoder"), device="cpu")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(0.0 if "LayerNorm.weight" in name else 1.0)
+    report = evaluate_embedder(model, ASKED, [FGM()], [0.1], progress=False)
+    assert report.clean == report.scores["fgm"][0] == 0
+    assert report.clean_further["mrr"] == pytest.approx(1 / len(ASKED))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from models import batches, padded_data, tiny
 from test_images import tiny_vit
 from test_robustness import measure, model_and_data
@@ -10,7 +11,7 @@ from fgm_trainer import FGM, FGSM, PGD
 from fgm_trainer.attacks import Step
 from fgm_trainer.perturbation.clipping import valid_range
 from fgm_trainer.perturbation.targets import find_target
-from fgm_trainer.robustness import Foolbox, evaluate_robustness
+from fgm_trainer.robustness import Foolbox, Member, evaluate_robustness
 from fgm_trainer.robustness.foolbox import _FromValue
 from fgm_trainer.robustness.passes import evaluating, passes_of
 
@@ -116,3 +117,12 @@ def test_errors():
     data = padded_data(numbers, size=4, regression=True)
     with pytest.raises(ValueError, match="foolbox attacks classifiers"):
         measure(numbers, data, [attack], (0.1,))
+    tags = [{**row, "labels": [0] * len(row["input_ids"])} for row in padded_data(tiny("bert"), size=4)]
+    with pytest.raises(ValueError, match=r"one label an example; here labels are \(\d, 10\)"):
+        measure(tagger(), tags, [attack], (0.1,))
+    with pytest.raises(ValueError, match="A member's attack is one of fgm_trainer's; found Foolbox"):
+        Member(attack)
+
+
+def tagger():
+    return transformers.BertForTokenClassification(tiny("bert").config).double().eval()

@@ -127,7 +127,7 @@ def test_two_processes_of_torchrun(scripts, tmp_path):
         ("import torch", [], "Nothing was attacked: no transformers Trainer was made"),
         pytest.param(
             STOCK,
-            ["--output_dir", "out", "--report_to", "none"],
+            ["--output_dir", "out", *FLAGS.split(), "--adv_start", "100"],
             "AdversarialTrainer made no attacked training step.",
             marks=pytest.mark.slow,
         ),

@@ -1,5 +1,6 @@
 """Tasks other than one label an example, against a loop that attacks one example at a time."""
 
+import json
 import math
 import random
 
@@ -321,3 +322,76 @@ def test_a_task_of_ones_own():
     assert report.metric == "top_two"
     assert report.clean > plain.clean
     assert report.scores["fgm"][-1] < report.clean
+
+
+class Broken(torch.nn.Module):
+    """Answers NaN for some examples, where they are perturbed."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def get_input_embeddings(self):
+        return self.inner.get_input_embeddings()
+
+    def forward(self, **batch):
+        lookup = self.inner.get_input_embeddings()
+        kept = []
+        with lookup.register_forward_hook(lambda module, args, output: kept.append(output)):
+            outputs = self.inner(**batch)
+        # What came out of the lookup after our hook: 0 where it is as it was, NaN where it is not.
+        moved = (kept[0] - lookup.weight[batch["input_ids"]]).detach().abs().flatten(1).amax(1)
+        broken = torch.where(moved > 0, torch.nan, 0.0)
+        for name in ("logits", "start_logits", "end_logits"):
+            if name in outputs:
+                outputs[name] = outputs[name] + broken.view(-1, *[1] * (outputs[name].dim() - 1))
+        return outputs
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "seq2seq"])
+def test_an_answer_that_is_no_number_is_wrong(kind):
+    model = model_of(kind)
+    data = data_of(kind, model, size=6)
+    report = measure(Broken(model).eval(), data, [FGM()], (0.3,))
+    attacked = report.scores["fgm"][0]
+    if kind in ("numbers", "masked", "causal"):
+        assert math.isfinite(report.clean)
+        assert attacked == math.inf
+        assert report.to_dict()["scores"]["fgm"] == (None,)
+    else:
+        assert (attacked, report.clean > 0) == (0, True)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_labels_that_are_not_known_count_nowhere():
+    model = model_of("several")
+    data = data_of("several", model)
+    whole = measure(model, data, [FGM()], (0.1,))
+    for number, example in enumerate(data):
+        # The wrong ones among them.
+        example["labels"][number % 3 if number % 4 else 0] = -100.0
+    report = measure(model, data, [FGM()], (0.1,))
+    assert whole.clean == 0.75
+    assert (report.clean, report.clean_further["f1"]) == (1, 1)
+
+
+def test_the_first_batch_may_have_nothing_to_predict():
+    model = headed("gpt2", "GPT2LMHeadModel")
+    data = padded_data(model, size=6)
+    for example in data:
+        ids = example["input_ids"]
+        example["labels"] = [i if m else -100 for i, m in zip(ids, example["attention_mask"], strict=True)]
+    with torch.no_grad():
+        own = [model(**batch).loss.item() for batch in batches(data[1:], 1)]
+    # Its own loss is that of no token.
+    data[0]["labels"][1:] = [-100] * 9
+    found = measure(model, data, [FGM()], (0.1,), batch_size=1)
+    counts = [sum(label != -100 for label in example["labels"][1:]) for example in data[1:]]
+    expected = sum(c * loss for c, loss in zip(counts, own, strict=True)) / sum(counts)
+    assert found.clean == pytest.approx(expected)
+
+
+def test_one_attack_needs_no_list():
+    model = tiny("bert")
+    data = padded_data(model, size=6)
+    assert measure(model, data, FGM(), (0.3,)) == measure(model, data, [FGM()], (0.3,))

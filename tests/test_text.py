@@ -320,3 +320,22 @@ def test_errors(model, tokenizer):
             model, tokenizer, ["the film"], labels_of(model, tokenizer, ["x", "the film"])[1:], lambda w, d: 1 / 0
         )
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"problem_type": "multi_label_classification"}, "several labels a text"),
+        ({"num_labels": 1}, "one number a text"),
+    ],
+)
+def test_models_that_give_no_class(model, tokenizer, settings, message):
+    other = BertForSequenceClassification(BertConfig.from_dict(model.config.to_dict() | settings))
+    with pytest.raises(ValueError, match=f"the model gives {message}, and one class a text is attacked"):
+        attack_texts(other, tokenizer, ["a film"], [0], progress=False)
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_lookup(model, tokenizer):
+    config = BertConfig.from_dict(model.config.to_dict() | {"vocab_size": len(tokenizer) - 3})
+    near = NearestTokens(BertForSequenceClassification(config), tokenizer, count=3, least=-1.0)
+    assert len(near("good", random.Random(0))) == 3

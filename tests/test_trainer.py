@@ -12,7 +12,14 @@ import pytest
 import torch
 from test_faults import examples, flags, hooks, tiny_bart, tiny_bert, weights
 from torch import nn
-from transformers import BartForConditionalGeneration, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BartForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
 
 import fgm_trainer
 from fgm_trainer import (
@@ -367,6 +374,44 @@ def test_the_model_card_holds_the_figures_of_the_last_evaluation(tmp_path, known
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     names = {each.dataset_name for each in card.data.eval_results if "under" in each.metric_name}
     assert names == set(both) == {"one", "two"}
+
+
+def test_the_model_card_forgets_what_was_found_before_training(tmp_path):
+    trainer = AdversarialTrainer(
+        model=tiny_bert(), args=flags(tmp_path, max_steps=1), train_dataset=examples(), eval_dataset=examples()
+    )
+    trainer.evaluate_robustness(epsilons=[0.1])
+    trainer.train()
+    trainer.create_model_card(model_name="tiny")
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert "Robustness" not in card.text
+    assert not card.data.eval_results
+
+
+def test_the_model_card_of_an_image_classifier_says_so(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes))
+    data = [{"pixel_values": torch.rand(3, 8, 8), "labels": i % 2} for i in range(8)]
+    args = flags(tmp_path, max_steps=1, adv_target="pixel_values")
+    trainer = AdversarialTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    trainer.evaluate_robustness(epsilons=[0.1])
+    trainer.create_model_card(model_name="tiny")
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert {each.task_type for each in card.data.eval_results} == {"image-classification"}
+    assert "fgm-train attack" not in card.text
+
+
+def test_an_evaluation_reads_the_column_of_a_targeted_attack(tmp_path):
+    data = [{**row, "towards": 1 - row["labels"]} for row in examples()]
+    args = flags(tmp_path, max_steps=1)
+    trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), eval_dataset=data)
+    found = trainer.evaluate_robustness(attacks=[PGD(steps=2, targeted="towards")], epsilons=[2.0])
+    alone = fgm_trainer.robustness.evaluate_robustness(
+        trainer.model, data, [PGD(steps=2, targeted="towards")], [2.0], progress=False
+    )
+    assert found.scores == alone.scores
+    trainer.train()
 
 
 def test_the_progress_bar_shows_the_attack(tmp_path, capsys):
