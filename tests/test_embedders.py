@@ -129,6 +129,8 @@ def test_errors(embedder):
         evaluate_embedder(embedder, [{"a": "yes", "score": 0.1}])
     with pytest.raises(ValueError, match=r"'score' is compared with a cosine, .* found 4"):
         evaluate_embedder(embedder, [{"a": "yes", "b": "no", "score": 4}])
+    with pytest.raises(ValueError, match="'score' is compared with a cosine, so it must be a number; found a text"):
+        evaluate_embedder(embedder, [{"a": "yes", "b": "no", "score": "0.4"}])
     with pytest.raises(ValueError, match="the data set is empty"):
         evaluate_embedder(embedder, [])
 

@@ -10,6 +10,7 @@ import reference
 import torch
 from models import AdversarialInOrder, batches, padded_data, tiny, train
 from torch import nn
+from torch.utils.data import DataLoader
 
 from fgm_trainer import FGM, PGD, Noise, PartialFGM
 from fgm_trainer.robustness import (
@@ -351,6 +352,8 @@ def test_errors():
         ({"epsilons": [float("inf")]}, "at least one; found [inf]."),
         ({"data": []}, begins + "the data set is empty."),
         ({"data": [], "attacks": []}, "such as FGM(). the data set is empty."),
+        ({"data": {"test": data}}, begins + "it takes a data set; found dict: pass one of its data sets."),
+        ({"data": DataLoader(data)}, "it takes a data set; found DataLoader: pass its dataset, and its collate_fn."),
         (
             {"target": "bert.encoder.layr"},
             "adv_target='bert.encoder.layr': BertForSequenceClassification has no such module",

@@ -151,6 +151,8 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], str | 
     label = next((name for name in LABELS if name in rows[0]), None)
     if len(texts) < 2:
         raise ValueError(f"An embedder is evaluated on two columns of texts; found {', '.join(texts) or 'none'}.")
+    if label is not None and any(isinstance(row[label], str) for row in rows):
+        raise ValueError(f"{label!r} is compared with a cosine, so it must be a number; found a text.")
     if label is not None and any(not -1 <= row[label] <= 1 for row in rows):
         worst = max((row[label] for row in rows), key=abs)
         raise ValueError(f"{label!r} is compared with a cosine, so it must lie between -1 and 1; found {worst}.")

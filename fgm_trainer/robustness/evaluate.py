@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..attacks import FGM, PGD, Attack, Noise, Step
 from ..engine.accelerate import gathered
@@ -32,7 +33,7 @@ PRESETS: dict[str, Callable[[], Sequence[AnyAttack]]] = {"quick": lambda: ATTACK
 def evaluate_robustness(
     model: nn.Module,
     dataset: Any,
-    attacks: Sequence[AnyAttack] | str = "quick",
+    attacks: Sequence[AnyAttack] | AnyAttack | str = "quick",
     epsilons: Sequence[float] = EPSILONS,
     *,
     target: str | Target | None = None,
@@ -97,7 +98,7 @@ def evaluate_robustness(
                 evaluation.clean(batch)
     found = sorted(gathered(accelerator, found), key=lambda each: each.number)
     if not found:
-        raise ValueError("Robustness can't be evaluated: the data set is empty.")
+        raise ValueError("Robustness can't be evaluated: the data set is empty, or no example has a label.")
     report = _report(evaluation.task, found, grid)
     far = sum(each.far for each in found)
     return replace(report, masking=signs_of_masking(report, far)) if strongly else report
@@ -238,7 +239,7 @@ def columns_of(attacks: Sequence[AnyAttack]) -> set[Any]:
     return {attack.targeted for attack in (*members, *(a for a in attacks if isinstance(a, Attack)))}
 
 
-def by_name(attacks: Sequence[AnyAttack] | str) -> Sequence[AnyAttack]:
+def by_name(attacks: Sequence[AnyAttack] | AnyAttack | str) -> Sequence[AnyAttack]:
     """The attacks of a preset, or those that are given; a single one as a list."""
     if isinstance(attacks, str) and attacks not in PRESETS:
         raise ValueError(f"attacks is a list of attacks, or one of {', '.join(PRESETS)}; found {attacks!r}.")
@@ -260,7 +261,10 @@ def _check_grid(epsilons: Sequence[float], attacks: Sequence[AnyAttack], dataset
     problems += [f"{a.name} perturbs {a.default_target}, not inputs." for a in single if a.default_target == "weights"]
     if bad or not epsilons:
         problems.append(f"epsilons must be finite numbers, 0 or more, at least one; found {epsilons!r}.")
-    if isinstance(dataset, Sized) and not len(dataset):
+    if isinstance(dataset, (Mapping, DataLoader)):
+        instead = "one of its data sets" if isinstance(dataset, Mapping) else "its dataset, and its collate_fn"
+        problems.append(f"it takes a data set; found {type(dataset).__name__}: pass {instead}.")
+    elif isinstance(dataset, Sized) and not len(dataset):
         problems.append("the data set is empty.")
     if problems:
         raise ValueError("Robustness can't be evaluated: " + " ".join(problems))
