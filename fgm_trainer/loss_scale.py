@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from .engine.dropout import random_state_kept
+from .engine.running_pass import RunningPass
 from .perturbation.batches import copied
 from .robustness.passes import eval_mode
 
@@ -22,9 +24,9 @@ def is_the_models_own(trainer: Any) -> bool:
 class LossScale:
     """What reported losses are multiplied by, so that their mean over the micro-batches of all processes is the step's.
 
-    `Trainer` divides a loss by the number of micro-batches unless the model takes `num_items_in_batch`, which divides
-    by the items of the whole step. Some models take it and leave it alone (transformers#47688): their losses are whole
-    means, times the number of processes. Which it is the first batch shows, where the loss is the model's own.
+    `Trainer` divides a loss by the number of micro-batches, or leaves that to a model that takes `num_items_in_batch`,
+    the items of the whole step. Some models take it and leave it alone (transformers#47688): their losses are means
+    already, times the number of processes. Which it is the first batch shows, where the loss is the model's own.
 
     Args:
         trainer: the Trainer.
@@ -32,9 +34,10 @@ class LossScale:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        # Of a model that leaves the number of items alone; None for one that does not.
-        self._whole: float | None = None
-        self._asked = False
+        # Whether the Trainer divides, and what makes a mean of the model's loss, None where that is a part of the
+        # step's; unknown at first.
+        self._divides: bool | None = None
+        self._of_model: list[float | None] = []
 
     @property
     def micro_batches(self) -> int:
@@ -42,18 +45,30 @@ class LossScale:
         accumulation = self._trainer.args.gradient_accumulation_steps
         return int(getattr(self._trainer, "current_gradient_accumulation_steps", accumulation))
 
-    def of(self, model: nn.Module, batch: Any) -> float:
-        """The factor, in this optimizer step."""
-        if not self._asked:
-            self._whole, self._asked = self._found(model, batch), True
-        return self.micro_batches if self._whole is None else self._whole
+    def of(self, model: nn.Module, batch: Any, passes: Sequence[RunningPass] = ()) -> float:
+        """The factor in this optimizer step.
+
+        Args:
+            model: inside every wrapper.
+            batch: the micro-batch.
+            passes: of the micro-batch, where it was attacked.
+        """
+        trainer, number = self._trainer, self.micro_batches
+        if (number == 1 and trainer.accelerator.num_processes == 1) or not is_the_models_own(trainer):
+            return number
+        if not self._of_model:
+            self._of_model = [self._found(model, batch)]
+        if self._divides is None and number > 1 and passes:
+            trained = next(each for each in passes if each.is_training)
+            self._divides = bool(trained.loss > trained.unweighted * (1 + number) / 2)
+        (mean,) = self._of_model
+        divides = self._divides
+        if divides is None:
+            divides = not getattr(trainer, "model_accepts_loss_kwargs", False)
+        return (number if divides else 1) * (number if mean is None else mean)
 
     def _found(self, model: nn.Module, batch: Any) -> float | None:
         trainer = self._trainer
-        single = self.micro_batches == 1 and trainer.accelerator.num_processes == 1
-        takes_items = getattr(trainer, "model_accepts_loss_kwargs", False) and is_the_models_own(trainer)
-        if single or not takes_items or getattr(trainer, "loss_is_scaled_for_ga", None) is not None:
-            return None
         with torch.no_grad(), random_state_kept(trainer.args.device), eval_mode(model):
             # Of one item, of two, and without a number of items.
             one, two, mean = (

@@ -97,7 +97,7 @@ class AttackedRun:
         passes = driver.run(step, inputs, run_pass, given, micro_batches)
         if controller is not None:
             labels = _labels_in(inputs, self._trainer)
-            scale = self._scale.of(driver.engine.model, inputs)
+            scale = self._scale.of(driver.engine.model, inputs, passes)
             controller.observe(passes, labels, factor, of_losses=scale, of_divergences=micro_batches)
         kept.due = True
         for counter in self.counters:

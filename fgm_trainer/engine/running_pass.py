@@ -172,7 +172,8 @@ class RunningPass:
         if self.gradient and differentiated.requires_grad:
             differentiated.register_hook(functools.partial(self.scales.note, self.measured))
         weight = self.request.weight if isinstance(self.request, TrainPass) else 1.0
-        self._losses.append((loss if weight else differentiated).detach())
+        # A copy: transformers 4.46 multiplies the loss in place.
+        self._losses.append((loss if weight else differentiated).detach().clone())
         return loss if weight == 1 else loss * weight, self.outputs
 
     def backward(self, loss: Tensor, engine_backward: Callable[..., None], **kwargs: Any) -> None:
