@@ -4,9 +4,9 @@
     .venv/bin/python benchmarks/defaults.py --tables
 
 Every run is one JSON line; a run whose line is there is not made again, so a study can be cut into pieces. `movies` are
-the demo's snippets, `movies_sst2` those that are not in SST-2's validation set, which is tested on; the other tasks are folders in
-`--data` with `train.jsonl` and `validation.jsonl` in GLUE's columns (`wnut17`: `tokens` and `ner_tags`). Models:
-all-MiniLM-L6-v2, `random` (BERT of 2 layers of 128 from random weights), or a folder.
+the demo's snippets, `movies_sst2` those that are not in SST-2's validation set, which is tested on; the other tasks are
+folders in `--data` with `train.jsonl` and `validation.jsonl` in GLUE's columns (`wnut17`: `tokens` and `ner_tags`).
+Models: all-MiniLM-L6-v2, `random` (BERT of 2 layers of 128 from random weights), or a folder.
 
 Figures: accuracy; Matthews correlation (cola), Pearson correlation (numbers), F1 of the tokens of entities (wnut17).
 Robust: the same under PGD of 10 steps whose L2 length is `--attack_length` times the mean norm of a token's embedding.
