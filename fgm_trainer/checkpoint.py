@@ -74,5 +74,6 @@ class RunState:
         """Reads it, if there is one."""
         path = None if folder is None else os.path.join(folder, STATE_FILE)
         if path is not None and os.path.exists(path):
-            self._saved = torch.load(path, map_location=self._trainer.args.device, weights_only=True)
+            # A memory may be larger than a device; what is needed there is moved where it is used.
+            self._saved = torch.load(path, map_location="cpu", weights_only=True)
             self.unit = self._saved.pop("epsilon_unit")

@@ -8,7 +8,7 @@ from models import tiny
 from test_faults import examples, flags, tiny_bert, weights
 from transformers import Trainer, TrainingArguments
 
-from fgm_trainer import PGD, AdversarialTrainer
+from fgm_trainer import ATTA, FGM, PGD, SMART, AdversarialTrainer, TokenAware
 from fgm_trainer.robustness import evaluate_robustness
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: `make bench-gpu` runs it there")
@@ -87,3 +87,18 @@ def test_an_evaluation_is_the_processor_s(attacks):
     reports = [evaluate_robustness(model.to(d), rows, attacks, [0.1, 1.0], progress=False) for d in ("cuda", "cpu")]
     assert reports[0].clean == reports[1].clean
     assert reports[0].scores == reports[1].scores
+
+
+@pytest.mark.usefixtures("resumable")
+@pytest.mark.parametrize("attack", [TokenAware(epsilon=1.0), SMART(epsilon=0.5, bregman=1.0), ATTA(epsilon=1.0), FGM()])
+def test_what_is_remembered_comes_back_to_the_gpu(tmp_path, attack):
+    def trainer():
+        settings = {"adv_epsilon": None, "use_cpu": False, "max_steps": 9, "save_strategy": "steps", "save_steps": 7}
+        args = flags(tmp_path, **settings)
+        return AdversarialTrainer(model=tiny_bert(**NO_DROPOUT), args=args, train_dataset=examples(), attack=attack)
+
+    whole, cut = trainer(), trainer()
+    whole.train()
+    cut.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    for name, value in weights(whole.model).items():
+        torch.testing.assert_close(value, weights(cut.model)[name], rtol=1e-5, atol=1e-6)

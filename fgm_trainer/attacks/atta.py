@@ -169,7 +169,7 @@ class Gradients:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.meets_new, self._known, self._size = state["meets_new"], {}, 0
         tokens = state["tokens"].tolist()
-        parts = zip(state["lengths"].cpu().split(tokens), state["signs"].cpu().split(tokens), strict=True)
+        parts = zip(state["lengths"].split(tokens), state["signs"].split(tokens), strict=True)
         for key, (lengths, signs) in zip(state["keys"].tolist(), parts, strict=True):
             # Copies: a part of a tensor would hold on to the whole.
             self._keep(key, Gradient(lengths.clone(), signs.clone()))

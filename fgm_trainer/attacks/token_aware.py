@@ -128,7 +128,8 @@ class Table:
             # Drawn on the CPU: every process, on whatever device, has the same.
             noise = torch.rand(shape, generator=torch.Generator().manual_seed(self._seed))
             self._rows = ((2 * noise - 1) * self._init / shape[1] ** 0.5).to(like.device)
-        self._rows = self._rows.to(torch.promote_types(like.dtype, self._rows.dtype))
+        # From a checkpoint it comes on the CPU.
+        self._rows = self._rows.to(like.device, torch.promote_types(like.dtype, self._rows.dtype))
         return self._rows[ids]
 
     def keep(self, ids: Tensor, values: Tensor, padding: Tensor | None) -> None:

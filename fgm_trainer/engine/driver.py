@@ -165,7 +165,8 @@ class _AttackedMicroBatch:
             stack.enter_context(torch.enable_grad())
             if weights:
                 # Of the model itself, since a loss may hold it.
-                stack.enter_context(_reparametrize_module(model, dict(weights), tie_weights=True))
+                own = {name: weight.to(driver.device) for name, weight in weights.items()}
+                stack.enter_context(_reparametrize_module(model, own, tie_weights=True))
             running.run(model)
         return self._result(running)
 
