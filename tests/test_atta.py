@@ -216,3 +216,18 @@ def test_shuffled_epochs_are_recognised(tmp_path, caplog):
     assert not [line for line in caplog.messages if "met no example twice" in line]
     assert looked == [True] * 6 + [False] * 9
     assert len(trainer._run.state.kept.memory._known) == 20
+
+
+@pytest.mark.slow
+def test_a_compiled_model_remembers_the_same(tmp_path):
+    def trained(**settings):
+        model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        args = flags(tmp_path, adv_method="atta", adv_epsilon=1.0, max_steps=12, **settings)
+        trainer = AdversarialTrainer(model=model, args=args, train_dataset=examples())
+        trainer.train()
+        return dict(trainer.model.state_dict())
+
+    eager = trained()
+    compiled = trained(torch_compile=True, torch_compile_backend="aot_eager")
+    for name, value in compiled.items():
+        torch.testing.assert_close(value, eager[name.removeprefix("_orig_mod.")])
