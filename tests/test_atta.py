@@ -219,6 +219,7 @@ def test_shuffled_epochs_are_recognised(tmp_path, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_model_remembers_the_same(tmp_path):
     def trained(**settings):
         model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
