@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -171,81 +170,3 @@ class Remembered(Trainer):
 
         output.register_hook(renew)
         return output
-
-
-class RememberedExample(Trainer):
-    """One pass a step: each example moves along the gradient that it had when it was last met, an epoch ago.
-
-    The same pass trains at the perturbation and renews the memory (ATTA, Zheng et al. 2020). Of examples that are met
-    for the first time a part gets its gradient from a pass of its own, as in `partial_fgm`; the others stay clean.
-    """
-
-    # The length; the part of the examples that move; of new examples that do; how much of the last perturbation stays
-    # under the new direction; whether signs are remembered, and a length for each token, in place of numbers.
-    epsilon = 0.2
-    share = 1.0
-    new = 0.0
-    kept = 0.0
-    signs = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        lookup: Any = self.model.get_input_embeddings()
-        # By an example's tokens: the direction, one row a token.
-        self._known: dict[tuple[int, ...], Tensor] = {}
-        self._draw = random.Random(self.args.seed)
-        self._looking = False
-        lookup.register_forward_hook(self._move)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Looks at a part of the new examples first."""
-        keys = keys_of(inputs["input_ids"])
-        fresh = [i for i, key in enumerate(keys) if key not in self._known and self._draw.random() < self.new]
-        if fresh:
-            part = {name: value[fresh] for name, value in inputs.items()}
-            self._looking = True
-            model.train()
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, part)
-            (gradient,) = torch.autograd.grad(loss, [self._output])
-            self._looking = False
-            self._keep(part["input_ids"], gradient)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def _move(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._looking:
-            self._output = output
-        if self._looking or not (module.training and torch.is_grad_enabled()):
-            return None
-        (ids,) = args
-        before = torch.zeros_like(output)
-        for number, key in enumerate(keys_of(ids)):
-            if key in self._known and self._draw.random() < self.share:
-                before[number, : len(key)] = self._known[key]
-        rise = min(1.0, (self.state.global_step + 1) / (0.5 * self.state.max_steps))
-        output = output + rise * self.epsilon * before
-        output.register_hook(lambda gradient: self._keep(ids, gradient, before))
-        return output
-
-    def _keep(self, ids: Tensor, gradient: Tensor, before: Tensor | float = 0.0) -> None:
-        real = gradient * (ids != 0).unsqueeze(-1)
-        new = unit(unit(real) + self.kept * before)
-        if self.signs:
-            new = new.sign() * new.norm(dim=-1, keepdim=True) / new.shape[-1] ** 0.5
-        for number, key in enumerate(keys_of(ids)):
-            self._known[key] = new[number, : len(key)].clone()
-
-
-def keys_of(ids: Tensor) -> list[tuple[int, ...]]:
-    """Of each example its tokens."""
-    return [tuple(row[row != 0].tolist()) for row in ids]
-
-
-def unit(values: Tensor) -> Tensor:
-    """Each example's of length 1."""
-    return values / values.flatten(1).norm(dim=1).view(-1, 1, 1).clamp(min=1e-12)
-
-
-def remembered_example(**settings: Any) -> type[Trainer]:
-    """`RememberedExample` with these settings."""
-    return type("RememberedExample", (RememberedExample,), settings)

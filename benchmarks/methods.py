@@ -30,7 +30,6 @@ from candidates import (
     LowPrecisionLook,
     Remembered,
     ShallowLook,
-    remembered_example,
 )
 from demo import GROUP_BY_LENGTH, by_length, encode, new_model
 from machine import machine, versions
@@ -80,7 +79,6 @@ METHODS: dict[str, Method] = {
     "fgm, vocabulary": Method(FGM(epsilon=1.0)),
     "fgm, adversarial only": Method(FGM(epsilon=0.2, scope="example", clean_weight=0.0)),
     "partial_fgm": Method(PartialFGM(epsilon=0.3)),
-    "atta": Method(ATTA(epsilon=0.3)),
     "fgsm": Method(FGSM(epsilon=0.002)),
     "pgd": Method(PGD(epsilon=0.2, scope="example")),
     "freelb": Method(FreeLB(epsilon=0.2)),
@@ -109,16 +107,9 @@ CANDIDATES: dict[str, Method] = {
 BY_MEMORY: dict[str, Method] = {
     "0.4, least certain before": Method(ByScore(), LeastCertainBefore),
     "0.4, just moved": Method(ByScore(), JustMoved),
-    "atta, 0.2": Method(ATTA(epsilon=0.2)),
+    "atta": Method(ATTA(epsilon=0.3)),
     "atta, 0.4": Method(ATTA(epsilon=0.4)),
     "atta, auto": Method(ATTA()),
-    "each example's, 0.2": Method(None, remembered_example()),
-    "each example's, 0.3": Method(None, remembered_example(epsilon=0.3)),
-    "each example's, 0.5 of the batch, 0.3": Method(None, remembered_example(epsilon=0.3, share=0.5)),
-    "each example's, added up, 0.2": Method(None, remembered_example(kept=1.0)),
-    "each example's, signs, 0.2": Method(None, remembered_example(signs=True)),
-    "each example's, new 0.4, 0.2": Method(None, remembered_example(new=0.4)),
-    "each example's, new 0.4, signs, 0.2": Method(None, remembered_example(new=0.4, signs=True)),
 }
 ALL = METHODS | CANDIDATES | BY_MEMORY
 

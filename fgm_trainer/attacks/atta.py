@@ -27,14 +27,14 @@ class ATTA(PartialFGM):
     by-product of the pass that trains on it; remembered, it says where to move the example when it is met again.
 
     Equation: delta_i = epsilon * g_i / ||g_i||_2 (Miyato et al. 2017, eq. 5), with g_i of the pass that last trained on
-    example i (Zheng et al. 2020, section 4, with one step that starts anew in place of one that goes on). Of g_i one
+    example i (Zheng et al. 2020, with a step that starts anew in place of one that goes on from the last). Of g_i one
     sign an entry is kept, and one length a token.
 
     Cost: 1 full pass. While most examples are met for the first time also share of a pass without weight gradients, as
     `partial_fgm`.
 
-    Defaults: epsilon `auto`, share 0.4, 4,096 megabytes. Published, images of CIFAR-10 and MNIST: epsilon 8/255 and
-    0.3 in `linf`, 38 and 60 epochs. docs/performance.md measures it against FGM.
+    Defaults: epsilon `auto`, share 0.4, 4,096 megabytes. Published, for images: 8/255 (CIFAR-10) and 0.3 (MNIST) in
+    `linf`. docs/performance.md measures it against FGM.
 
     Limits: in the first epoch, and on data that never comes back (streams, random masks), it is `partial_fgm`. An
     example is known by its tokens, so the target must be a token lookup. Every process remembers all examples: a byte
