@@ -307,7 +307,9 @@ def learned(kind):
 
 
 @pytest.mark.parametrize("method", ["fgm", "partial_fgm", "vat", "freelb"])
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert"])
+@pytest.mark.parametrize(
+    "kind", ["bert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("distilbert", "modernbert"))]
+)
 def test_accumulation_changes_nothing(kind, method):
     """Some heads divide by the items of the whole step, some take their number and leave it alone."""
     logged = []
