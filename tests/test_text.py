@@ -330,7 +330,10 @@ def test_errors(model, tokenizer):
     ],
 )
 def test_models_that_give_no_class(model, tokenizer, settings, message):
-    other = BertForSequenceClassification(BertConfig.from_dict(model.config.to_dict() | settings))
+    config = BertConfig.from_dict(model.config.to_dict())
+    for name, value in settings.items():
+        setattr(config, name, value)
+    other = BertForSequenceClassification(config)
     with pytest.raises(ValueError, match=f"the model gives {message}, and one class a text is attacked"):
         attack_texts(other, tokenizer, ["a film"], [0], progress=False)
 
