@@ -53,7 +53,8 @@ class AdversarialArguments:
         default=None,
         metadata={
             "help": "Over which entries a norm is taken: `vocabulary` (rows of the lookup's weight, over the "
-            "micro-batch), `example`, `token`. Default: `example`; `vocabulary` for fgm with a fixed epsilon."
+            "micro-batch), `example`, `token`. Default: `example`; `vocabulary` for fgm, pgd and noise with a fixed "
+            "epsilon."
         },
     )
     adv_norm: str | None = field(
