@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from .attacks import TrainPass
 from .engine.dropout import random_state_kept
 from .engine.running_pass import RunningPass
 from .perturbation.batches import copied
@@ -34,9 +35,10 @@ class LossScale:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        # Whether the Trainer divides, and what makes a mean of the model's loss, None where that is a part of the
-        # step's; unknown at first.
+        # Whether the Trainer divides; None as long as that is not known.
         self._divides: bool | None = None
+        # What makes a mean of the model's loss, None where that is a part of the step's; empty as long as it is not
+        # known.
         self._of_model: list[float | None] = []
 
     @property
@@ -57,17 +59,18 @@ class LossScale:
         if (number == 1 and trainer.accelerator.num_processes == 1) or not is_the_models_own(trainer):
             return number
         if not self._of_model:
-            self._of_model = [self._found(model, batch)]
+            self._of_model = self._found(model, batch)
         if self._divides is None and number > 1 and passes:
-            trained = next(each for each in passes if each.is_training)
-            self._divides = bool(trained.loss > trained.unweighted * (1 + number) / 2)
-        (mean,) = self._of_model
+            # One of a divergence alone has another loss.
+            one = next(each for each in passes if isinstance(each.request, TrainPass) and each.request.weight)
+            self._divides = bool(one.loss.abs() > one.unweighted.abs() * (1 + number) / 2)
+        mean = self._of_model[0] if self._of_model else None
         divides = self._divides
         if divides is None:
             divides = not getattr(trainer, "model_accepts_loss_kwargs", False)
         return (number if divides else 1) * (number if mean is None else mean)
 
-    def _found(self, model: nn.Module, batch: Any) -> float | None:
+    def _found(self, model: nn.Module, batch: Any) -> list[float | None]:
         trainer = self._trainer
         with torch.no_grad(), random_state_kept(trainer.args.device), eval_mode(model):
             # Of one item, of two, and without a number of items.
@@ -75,4 +78,7 @@ class LossScale:
                 trainer.compute_loss(model, trainer._prepare_inputs(copied(batch)), num_items_in_batch=number)
                 for number in (1, 2, None)
             )
-        return (mean / one).item() if one != 0 and torch.allclose(one, two, rtol=1e-3) else None
+        if not one.isfinite() or one == 0:
+            # A batch without a label says nothing.
+            return []
+        return [(mean / one).item() if torch.allclose(one, two, rtol=1e-3) else None]

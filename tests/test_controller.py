@@ -306,7 +306,7 @@ def learned(kind):
     return model
 
 
-@pytest.mark.parametrize("method", ["fgm", "partial_fgm", "vat", "freelb"])
+@pytest.mark.parametrize("method", ["fgm", "partial_fgm", "vat", "freelb", "smart"])
 @pytest.mark.parametrize(
     "kind", ["bert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("distilbert", "modernbert"))]
 )
@@ -320,7 +320,8 @@ def test_accumulation_changes_nothing(kind, method):
         # Nothing more is learned, so that the two runs differ by what is reported alone.
         trainer = train(model, learnable(48), trainer=AsItComes, lr=0.0, num_train_epochs=5, **flags)
         logged.append([line["adv_epsilon"] for line in trainer.state.log_history if "adv_epsilon" in line])
-    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+    # Noise is drawn by micro-batch.
+    assert logged[0] == pytest.approx(logged[1], rel=0.03 if method == "smart" else 1e-3)
     assert logged[0][-1] != logged[0][-5]
 
 
