@@ -145,7 +145,7 @@ def load_task(args: DefaultsArguments, name: str, rows: int, tokenizer: Any) -> 
 
 
 def letters(text: str) -> str:
-    """A text's letters and digits alone, to compare texts by."""
+    """A text's letters and digits alone: SST-2 has spaces inside of words ("does n't")."""
     return "".join(filter(str.isalnum, text.lower()))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import Shape, bert_base, machine, operations_of, peak_of, spread, tiny, trainers, versions, xlmr
+from step import Shape, bert_base, in_turn, machine, operations_of, peak_of, ratios, tiny, trainers, versions, xlmr
 from transformers import HfArgumentParser, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 ALL = ("fgm", "fgm in place", "partial_fgm", "pgd-3", "freelb-3")
@@ -119,25 +119,9 @@ def measured(shape: Shape, rounds: int) -> dict[str, Any]:
     """Of every method: time in turn with the others, then what one step's passes take and do."""
     with tempfile.TemporaryDirectory() as folder:
         found = trainers(shape, ("stock", *shape.methods), folder)
-        found.pop("gradient alone", None)
-        # The first two make the optimizer's state, and what a compiler makes.
-        for one in [*found.values()] * 2:
-            one.times()
-        times: list[dict[str, tuple[float, float]]] = []
-        begin = time.perf_counter()
-        while len(times) < rounds and (len(times) < 3 or time.perf_counter() - begin < shape.seconds):
-            order = [*found][len(times) % len(found) :] + [*found][: len(times) % len(found)]
-            times.append({name: found[name].times() for name in order})
-        stock = [sum(each["stock"]) for each in times]
-        return {
+        return ratios(in_turn(found, rounds, shape.seconds)) | {
             "rows": shape.rows,
             "length": shape.length,
-            "rounds": len(times),
-            "stock_seconds": spread(stock),
-            "passes": {m: spread([each[m][0] / each["stock"][0] for each in times]) for m in found},
-            "whole": {
-                m: spread([sum(each[m]) / whole for each, whole in zip(times, stock, strict=True)]) for m in found
-            },
             "peak": {m: peak_of(one) for m, one in found.items()},
             "operations": {m: operations_of(one) if shape.compiled == "" else None for m, one in found.items()},
             "waits": {m: waits_of(one) for m, one in found.items()},
@@ -173,7 +157,7 @@ def table(settings: dict[str, Any]) -> str:
         for method, ratio in found["passes"].items():
             cells = [f"{r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for r in (ratio, found["whole"][method])]
             if method == "stock":
-                cells = ["1", f"{1000 * found['stock_seconds']['median']:.1f} ms"]
+                cells = ["1", f"{1000 * sum(found['stock_seconds'].values()):.1f} ms"]
             counts = [found[what][method] for what in ("operations", "waits")]
             cells += [f"{found['peak'][method] / 1e6:.0f}", *("" if count is None else str(count) for count in counts)]
             lines.append(f"| {name} | {found['rows']} x {found['length']} | {method} | {' | '.join(cells)} |")

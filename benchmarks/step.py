@@ -220,33 +220,41 @@ def timed(shape: Shape, args: StepArguments) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = trainers(shape, ("stock", *shape.methods), folder)
         hidden = found["stock"].trainer.model.config.hidden_size
-        rounds: list[dict[str, tuple[float, float]]] = []
-        begin = time.perf_counter()
-        for number in range(args.rounds + 1):
-            names = [*found][number % len(found) :] + [*found][: number % len(found)]
-            seconds = {name: found[name].times() for name in names}
-            if number:  # the first makes the optimizer's state
-                rounds.append(seconds)
-            if number >= 3 and time.perf_counter() - begin > shape.seconds:
-                break
-    passes = {m: [r[m][0] / r["stock"][0] for r in rounds] for m in found}
-    whole = {m: [sum(r[m]) / sum(r["stock"]) for r in rounds] for m in found}
-    stock = [r["stock"] for r in rounds]
-    return {
+        rounds = in_turn(found, args.rounds, shape.seconds)
+    return ratios(rounds) | {
         "hidden": hidden,
-        "rounds": len(rounds),
-        "stock_seconds": {
-            "passes": statistics.median(p for p, _ in stock),
-            "update": statistics.median(u for _, u in stock),
-        },
-        "passes": {m: spread(values) for m, values in passes.items()},
-        "whole": {m: spread(values) for m, values in whole.items()},
         # In one run, round by round.
         "in_place_over_ours": {
             m: spread([r[other][0] / r[m][0] for r in rounds])
             for m, other in (("fgm", "fgm in place"), ("pgd-3", "pgd-3 in place"), ("freelb-3", "freelb-3 on embeds"))
             if m in found and other in found
         },
+    }
+
+
+def in_turn(found: dict[str, ByHand], most: int, seconds: float) -> list[dict[str, tuple[float, float]]]:
+    """Seconds of the passes and of the update of each trainer, in rounds: three at least, `most` at most."""
+    rounds: list[dict[str, tuple[float, float]]] = []
+    for one in found.values():
+        one.times()  # makes the optimizer's state, and what a compiler makes
+    begin = time.perf_counter()
+    while len(rounds) < most and (len(rounds) < 3 or time.perf_counter() - begin < seconds):
+        start = len(rounds) % len(found)
+        rounds.append({name: found[name].times() for name in [*found][start:] + [*found][:start]})
+    return rounds
+
+
+def ratios(rounds: list[dict[str, tuple[float, float]]]) -> dict[str, Any]:
+    """Seconds of the stock step, and of every method the ratios to that of the same round."""
+    stock, methods = [r["stock"] for r in rounds], [*rounds[0]]
+    return {
+        "rounds": len(rounds),
+        "stock_seconds": {
+            "passes": statistics.median(p for p, _ in stock),
+            "update": statistics.median(u for _, u in stock),
+        },
+        "passes": {m: spread([r[m][0] / r["stock"][0] for r in rounds]) for m in methods},
+        "whole": {m: spread([sum(r[m]) / sum(r["stock"]) for r in rounds]) for m in methods},
     }
 
 

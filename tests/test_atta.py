@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import attack_of, batches, distance, padded_data, tiny
-from test_controller import learnable
+from test_controller import observed
 from test_faults import examples, flags, same, tiny_bert
 from torch import nn
 
@@ -16,7 +16,7 @@ from fgm_trainer.attacks.atta import Gradients, packed, unpacked
 from fgm_trainer.attacks.base import PassResult
 from fgm_trainer.checkpoint import STATE_FILE
 from fgm_trainer.engine.accelerate import AllProcesses
-from fgm_trainer.engine.controller import EpsilonController, losses_of
+from fgm_trainer.engine.controller import losses_of
 from fgm_trainer.loops import Adversary
 from fgm_trainer.perturbation.calls import TargetCall
 from fgm_trainer.perturbation.geometry import Units
@@ -153,15 +153,7 @@ def test_texts_that_never_come_back_are_attacked_as_by_partial_fgm(tmp_path, cap
 
 def test_the_first_pass_says_what_the_perturbation_added(monkeypatch):
     """From the second epoch on there is no clean pass; what it would have found is what the gradient says."""
-    model, data = tiny("bert"), learnable(8)
-    batch = {name: torch.tensor([row[name] for row in data]) for name in data[0]}
-    clean = model(**batch).loss.item()
-    seen = []
-    monkeypatch.setattr(EpsilonController, "observe", lambda self, passes, *rest, **more: seen.append(passes))
-    adversary = Adversary(model, ATTA())
-    adversary.controller._state["epsilon"] = torch.tensor(1e-4)
-    for _ in range(3):
-        adversary.backward(batch)
+    seen, clean = observed(monkeypatch, ATTA(), 3)
     assert [len(passes) for passes in seen] == [2, 2, 1]
     found, added = losses_of(seen[-1])
     assert found.item() == pytest.approx(clean, rel=1e-6)

@@ -339,15 +339,21 @@ def test_a_part_of_the_batch_is_measured_as_the_whole_is(kind):
     assert min(last.values()) > 0.02
 
 
-def test_what_a_part_adds_is_the_difference_of_the_losses_of_the_whole_batch(monkeypatch):
+def observed(monkeypatch, attack, times):
+    """The passes of each attacked step on one batch, with an epsilon of 1e-4; and the loss without attack."""
     model, data = tiny("bert"), learnable(8)
     batch = {name: torch.tensor([row[name] for row in data]) for name in data[0]}
-    clean = model(**batch).loss.item()
     seen = []
     monkeypatch.setattr(EpsilonController, "observe", lambda self, passes, *rest, **more: seen.append(passes))
-    adversary = Adversary(model, PartialFGM(share=0.25))
+    adversary = Adversary(model, attack)
     adversary.controller._state["epsilon"] = torch.tensor(1e-4)
-    adversary.backward(batch)
+    for _ in range(times):
+        adversary.backward(batch)
+    return seen, model(**batch).loss.item()
+
+
+def test_what_a_part_adds_is_the_difference_of_the_losses_of_the_whole_batch(monkeypatch):
+    seen, clean = observed(monkeypatch, PartialFGM(share=0.25), 1)
     found, added = losses_of(seen[0])
     # The chosen examples' loss stands for that of all, and differs from it by a few percent.
     assert added.item() == pytest.approx(2 * (seen[0][-1].unweighted.item() - clean), rel=0.1)
