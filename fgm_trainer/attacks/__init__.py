@@ -8,24 +8,16 @@ from .base import (
     AUTO,
     Answer,
     Attack,
-    ForwardPass,
     Glance,
-    GradientPass,
     Iterated,
     Look,
-    Memory,
-    Passes,
-    PassResult,
-    Request,
-    Step,
-    Total,
     Train,
-    TrainPass,
     attack_class,
     own_settings,
     register,
     run,
 )
+from .requests import ForwardPass, GradientPass, Memory, Passes, PassResult, Request, Step, Total, TrainPass
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

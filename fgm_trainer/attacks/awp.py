@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..perturbation.geometry import Segments
-from .base import Attack, Passes, Step, TrainPass, register
+from .base import Attack, register
+from .requests import Passes, Step, TrainPass
 
 
 @register("awp")

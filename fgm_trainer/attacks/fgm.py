@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Attack, Passes, Step, TrainPass, register
+from .base import Attack, register
+from .requests import Passes, Step, TrainPass
 
 
 @register("fgm")

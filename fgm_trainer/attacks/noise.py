@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..perturbation.geometry import sample
-from .base import Attack, Passes, Step, TrainPass, register
+from .base import Attack, register
+from .requests import Passes, Step, TrainPass
 
 
 @register("noise")

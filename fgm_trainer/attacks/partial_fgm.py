@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from .base import Attack, GradientPass, Passes, Step, TrainPass, register
+from .base import Attack, register
+from .requests import GradientPass, Passes, Step, TrainPass
 
 
 @register("partial_fgm")

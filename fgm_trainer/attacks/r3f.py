@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from ..perturbation.divergence import Against
 from ..perturbation.geometry import project, uniform
-from .base import Attack, ForwardPass, Passes, Step, TrainPass, register
+from .base import Attack, register
+from .requests import ForwardPass, Passes, Step, TrainPass
 
 
 @register("r3f")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..perturbation.calls import TargetCall
 from ..perturbation.geometry import Units, ascent, project, uniform
-from .base import AUTO, Iterated, Memory, Passes, PassResult, Step, Total, TrainPass, register
+from .base import AUTO, Iterated, register
+from .requests import Memory, Passes, PassResult, Step, Total, TrainPass
 
 
 @register("token_aware")

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from ..perturbation.divergence import Against
 from ..perturbation.geometry import sample
-from .base import Attack, GradientPass, Passes, Step, TrainPass, register
+from .base import Attack, register
+from .requests import GradientPass, Passes, Step, TrainPass
 
 
 @register("vat")
