@@ -6,6 +6,7 @@
 Every run is one JSON line; a run whose line is there is not made again, so a study can be cut into pieces. `movies` are
 the demo's snippets, `movies_sst2` those that are not in SST-2's validation set, which is tested on; the other tasks are
 folders in `--data` with `train.jsonl` and `validation.jsonl` in GLUE's columns (`wnut17`: `tokens` and `ner_tags`).
+With `:train` behind its name a task is tested on further rows of its training part: to choose settings.
 Models: all-MiniLM-L6-v2, `random` (BERT of 2 layers of 128 from random weights), or a folder.
 
 Figures: accuracy; Matthews correlation (cola), Pearson correlation (numbers), F1 of the tokens of entities (wnut17).
@@ -78,7 +79,8 @@ class DefaultsArguments:
     data: str = field(default="../shared/data", metadata={"help": "The folder of the other tasks."})
     models: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": "`minilm`, `random`, folders."})
     tasks: list[str] = field(
-        default_factory=lambda: ["movies"], metadata={"help": "`movies`, `movies_sst2`, folders in `data`."}
+        default_factory=lambda: ["movies"],
+        metadata={"help": "`movies`, `movies_sst2`, folders in `data`, or `:train`."},
     )
     methods: list[str] = field(default_factory=lambda: ["stock", "fgm"], metadata={"help": "`stock` and methods."})
     epsilons: list[str] = field(
@@ -118,6 +120,7 @@ class Task:
 
 def load_task(args: DefaultsArguments, name: str, rows: int, tokenizer: Any) -> Task:
     """The rows of a task."""
+    name, _, tested_on = name.partition(":")
     if name.startswith("movies"):
         reviews = load_reviews()
         parts = [[{"sentence": r.text, "label": r.label} for r in part] for part in (reviews.train, reviews.movies)]
@@ -129,10 +132,9 @@ def load_task(args: DefaultsArguments, name: str, rows: int, tokenizer: Any) -> 
     else:
         parts = [read_rows(Path(args.data) / name / f"{part}.jsonl") for part in ("train", "validation")]
     # GLUE's files stand in the order in which they were collected.
-    train, test = (
-        [part[i] for i in torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:count].tolist()]
-        for part, count in zip(parts, (rows, args.clean_samples), strict=True)
-    )
+    order = [torch.randperm(len(part), generator=torch.Generator().manual_seed(0)).tolist() for part in parts]
+    train, test = ([part[i] for i in indices] for part, indices in zip(parts, order, strict=True))
+    train, test = train[:rows], (train[rows:] if tested_on == "train" else test)[: args.clean_samples]
     if "tokens" in train[0]:
         tags = sorted({tag for row in parts[0] for tag in row["ner_tags"]}, key=lambda tag: (tag != "O", tag))
         encoded = [tag_tokens(tokenizer, part, tags) for part in (train, test)]
