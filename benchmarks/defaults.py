@@ -80,7 +80,7 @@ class DefaultsArguments:
     models: list[str] = field(default_factory=lambda: ["minilm"], metadata={"help": "`minilm`, `random`, folders."})
     tasks: list[str] = field(
         default_factory=lambda: ["movies"],
-        metadata={"help": "`movies`, `movies_sst2`, folders in `data`, or `:train`."},
+        metadata={"help": "`movies`, `movies_sst2`, folders; `:train`."},
     )
     methods: list[str] = field(default_factory=lambda: ["stock", "fgm"], metadata={"help": "`stock` and methods."})
     epsilons: list[str] = field(
