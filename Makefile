@@ -70,7 +70,7 @@ $(VENV)/docs: $(VENV)/ready
 $(VENV)/distributed: $(VENV)/ready
 	$(RUN) -m pip install --quiet -c constraints.txt setuptools wheel
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(RUN) -m pip install --quiet -c constraints.txt --no-build-isolation \
-		-e ".[deepspeed,ray,trainers,foolbox]"
+		-e ".[deepspeed,ray,trainers,foolbox]" tensorboardX wandb
 	touch $@
 
 .venv-oldest/ready: constraints-oldest.txt setup.cfg

@@ -132,10 +132,21 @@ class RunFigures:
         return logs
 
 
-def show_in_bar(trainer: Any, logs: Mapping[str, Any]) -> None:
-    """Puts the attack's figures behind the Trainer's progress bar, where there is one."""
+def show(trainer: Any, logs: Mapping[str, Any]) -> None:
+    """Puts the attack's figures behind the progress bar, and into TensorBoard and W&B as a group of their own, `adv`.
+
+    Both trackers show a name up to its slash as a group, and the Trainer gives them everything as `train/`.
+    """
+    figures = {f"adv/{name[4:]}": value for name, value in logs.items() if name.startswith("adv_")}
+    if not figures or not trainer.is_world_process_zero():
+        return
     shown = {name: f"{logs[name]:.3g}" for name in ("adv_loss", "adv_epsilon") if name in logs}
     for callback in trainer.callback_handler.callbacks:
-        bar = getattr(callback, "training_bar", None)
-        if shown and bar is not None:
+        bar, writer, wandb = (getattr(callback, name, None) for name in ("training_bar", "tb_writer", "_wandb"))
+        if bar is not None:
             bar.set_postfix(shown)
+        if writer is not None:
+            for name, value in figures.items():
+                writer.add_scalar(name, value, trainer.state.global_step)
+        if wandb is not None and getattr(wandb, "run", None) is not None:
+            wandb.log({**figures, "train/global_step": trainer.state.global_step})

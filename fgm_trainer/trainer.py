@@ -20,7 +20,7 @@ from .compatibility import refuse
 from .engine.accelerate import bare
 from .engine.running_pass import RunningPass
 from .engine.schedule import Schedule
-from .metrics import show_in_bar
+from .metrics import show
 from .perturbation.batches import without_column
 from .perturbation.target import Target
 from .plan import Plan, make_plan
@@ -143,7 +143,7 @@ class AdversarialTrainerMixin(_Base):
         if "loss" in logs and "learning_rate" in logs and self._run.plan.attacks:
             logs = self._run.with_figures(logs)
         super().log(logs, *args, **kwargs)
-        show_in_bar(self, logs)
+        show(self, logs)
 
     def evaluate_robustness(self, eval_dataset: Any = None, **kwargs: Any) -> Any:
         """Clean and adversarial accuracy of the model: `robustness.evaluate_robustness` with the Trainer's own parts.

@@ -420,6 +420,32 @@ def test_the_progress_bar_shows_the_attack(tmp_path, capsys):
     assert re.search(r"adv_loss=[\d.]+, adv_epsilon=[\d.e-]+", capsys.readouterr().err)
 
 
+def test_tensorboard_has_a_group_of_the_attack(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX", reason="make .venv/distributed installs it")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    args = flags(tmp_path, max_steps=2, logging_steps=1, report_to=["tensorboard"], adv_epsilon="auto")
+    AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples()).train()
+    (events,) = (file.read_bytes() for file in (tmp_path / "board").rglob("events*"))
+    for name in (b"adv/loss", b"adv/epsilon", b"adv/delta_norm", b"train/loss"):
+        assert name in events
+
+
+def test_wandb_has_a_group_of_the_attack(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="make .venv/distributed installs it")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    args = flags(tmp_path, max_steps=3, logging_steps=1, report_to=["wandb"])
+    trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples())
+    trainer.train()
+    try:
+        logged = [line for line in trainer.state.log_history if "adv_loss" in line]
+        assert wandb.run.summary["adv/loss"] == logged[-1]["adv_loss"]
+        assert wandb.run.summary["train/loss"] == logged[-1]["loss"]
+    finally:
+        wandb.finish()
+
+
 def test_the_seq2seq_twin_trains(tmp_path):
     args = flags(tmp_path, fgm_trainer.AdversarialSeq2SeqTrainingArguments, max_steps=2)
     data = [{**e, "labels": e["input_ids"]} for e in examples()]
