@@ -12,8 +12,8 @@ from test_faults import examples, flags, same, tiny_bert
 from torch import nn
 
 from fgm_trainer import ATTA, AdversarialTrainer
-from fgm_trainer.attacks.atta import Gradients, packed, unpacked
 from fgm_trainer.attacks import PassResult
+from fgm_trainer.attacks.atta import Gradients, packed, unpacked
 from fgm_trainer.checkpoint import STATE_FILE
 from fgm_trainer.engine.accelerate import AllProcesses
 from fgm_trainer.engine.controller import losses_of
