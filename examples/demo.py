@@ -97,14 +97,18 @@ class DemoArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the new head, the order of the data and the dropout."})
     seeds: list[int] | None = field(default=None, metadata={"help": "Several seeds: prints mean and spread."})
     train_samples: int = field(default=3000, metadata={"help": "Movie snippets to train on."})
-    test_samples: int = field(default=100, metadata={"help": "Snippets of each test set to attack."})
+    test_sets: list[str] = field(
+        default_factory=lambda: ["movies"],
+        metadata={"help": "What to test on; `amazon` is another domain than in training.", "choices": list(SETS)},
+    )
+    test_samples: int = field(default=400, metadata={"help": "Snippets of each test set to attack."})
     text_samples: int = field(default=20, metadata={"help": "Movie snippets whose letters are changed; 0 for none."})
     clean_samples: int = field(default=1000, metadata={"help": "Snippets of each test set without attack."})
     test_epsilons: list[float] = field(
         default_factory=lambda: [0.1, 0.2, 0.4], metadata={"help": "Lengths of the attack in the evaluation."}
     )
     test_attacks: str = field(
-        default="quick", metadata={"help": "`quick`, or `strong`, which takes an hour.", "choices": ["quick", "strong"]}
+        default="quick", metadata={"help": "`quick`, or `strong`, which takes hours.", "choices": ["quick", "strong"]}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate, for both models."})
     batch_size: int = field(default=16, metadata={"help": "Snippets a training step."})
@@ -141,8 +145,8 @@ def measure_all(
 ) -> Run:
     """Both models on the same snippets."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    run: Run = {name: {} for name in SETS}
-    for test in SETS:
+    run: Run = {name: {} for name in args.test_sets}
+    for test in args.test_sets:
         examples = encode(tokenizer, getattr(reviews, test))
         for name, model in models.items():
             print(f"Seed {seed}, {name}: under attack on {SETS[test]}", flush=True)
@@ -235,9 +239,9 @@ def write_results(args: DemoArguments, runs: dict[int, Run], changed: Changed | 
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo_results.json").write_text(json.dumps(results(args, runs, changed, seconds), indent=2) + "\n")
-    seed, run = next(iter(runs.items()))
-    curves = {model: measured.report for model, measured in run["movies"].items()}
-    title = f"all-MiniLM-L6-v2, held-out movie snippets, seed {seed}"
+    seed, test = next(iter(runs)), args.test_sets[0]
+    curves = {model: measured.report for model, measured in _first_set(runs).items()}
+    title = f"all-MiniLM-L6-v2, held-out {SETS[test]}, seed {seed}"
     plot_robustness(curves, folder / "robustness.png", title, attack=list(curves["plain"].scores)[-1])
     with (folder / "table.md").open("w", encoding="utf-8") as file:
         Console(file=file, width=200).print(table(runs, box.MARKDOWN))
@@ -257,18 +261,24 @@ def table(runs: dict[int, Run], style: box.Box = box.SIMPLE_HEAD) -> Table:
     grid = Table(box=style)
     grid.add_column("attack")
     grid.add_column("epsilon", justify="right")
-    for test in SETS:
+    sets = next(iter(runs.values()))
+    for test in sets:
         for model in MODELS:
             grid.add_column(f"{test}: {model}", justify="right", min_width=len("(82.7-83.9)"))
     for row in rows(runs):
-        cells = [cell([run[test][model] for run in runs.values()], row) for test in SETS for model in MODELS]
+        cells = [cell([run[test][model] for run in runs.values()], row) for test in sets for model in MODELS]
         grid.add_row(*row, *cells)
     return grid
 
 
 def rows(runs: dict[int, Run]) -> list[tuple[str, str]]:
     """What stands at the head of every row: attack and epsilon."""
-    return list(scores(next(iter(runs.values()))["movies"]["plain"]))
+    return list(scores(_first_set(runs)["plain"]))
+
+
+def _first_set(runs: dict[int, Run]) -> dict[str, Measured]:
+    """Both models of the first seed on the first test set."""
+    return next(iter(next(iter(runs.values())).values()))
 
 
 def scores(measured: Measured) -> dict[tuple[str, str], float]:
@@ -297,7 +307,7 @@ def cell(measured: list[Measured], row: tuple[str, str]) -> str:
 
 def note(args: DemoArguments, runs: dict[int, Run]) -> str:
     """What one has to know to read the table."""
-    measured = next(iter(runs.values()))["movies"]["plain"]
+    measured = _first_set(runs)["plain"]
     spread = "the smallest and the largest over seeds" if len(runs) > 1 else "its 95 % interval, seed"
     return (
         f"Accuracy in percent and, in brackets, {spread} {', '.join(map(str, runs))}; "
@@ -310,8 +320,8 @@ def note(args: DemoArguments, runs: dict[int, Run]) -> str:
 
 def differences(runs: dict[int, Run]) -> str:
     """How the two models differ under the last attack, on the same snippets of the first seed: a line an epsilon."""
-    seed, run = next(iter(runs.items()))
-    plain, adversarial = (run["movies"][model].report for model in MODELS)
+    seed, both = next(iter(runs)), _first_set(runs)
+    plain, adversarial = (both[model].report for model in MODELS)
     name = list(plain.scores)[-1]
     return "".join(
         f"Under {name} of {each.epsilon:g}, seed {seed}: {100 * each.difference:+.1f} points (95 % interval "
