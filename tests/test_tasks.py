@@ -119,7 +119,8 @@ def judged(kind, logits, batch):
     if kind == "causal":
         logits, labels = [logits[0][:-1]], labels[1:]
     keep = labels != -100
-    return True, cross_entropy(logits[0][keep], labels[keep]).item(), int(keep.sum())
+    exact = logits[0][keep].argmax(1).tolist() == labels[keep].tolist()
+    return exact, cross_entropy(logits[0][keep], labels[keep]).item(), int(keep.sum())
 
 
 def f1(pairs):
@@ -147,7 +148,7 @@ def by_hand(kind, outcomes):
     if kind == "spans":
         return {"exact_match": sum(right) / size, "f1": 1 - sum(error) / size}
     loss = sum(e * n for e, n in zip(error, counted, strict=True)) / sum(counted)
-    return {"loss": loss, "perplexity": math.exp(loss)}
+    return {"loss": loss, "perplexity": math.exp(loss), "exact_match": sum(right) / size}
 
 
 def attacked(kind, model, batch, delta):
@@ -185,6 +186,38 @@ def test_every_figure_is_the_one_of_a_plain_loop(kind, attack, plain):
         assert found == pytest.approx(figures, rel=1e-4)
     assert report.clean != report.scores[name][-1]
     assert report.metrics()[f"robust_{name}_0.4"] == report.scores[name][-1]
+
+
+def test_exact_match_is_that_of_greedily_generated_text():
+    """Some texts match and some don't, clean and under attack."""
+    model = model_of("seq2seq")
+    data = data_of("seq2seq", model)
+    (batch,) = batches(data, len(data))
+    mask = batch["attention_mask"]
+
+    def generated(**inputs):
+        outputs = model.get_encoder()(**inputs, attention_mask=mask)
+        settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 1, "forced_eos_token_id": None}
+        return model.generate(encoder_outputs=outputs, attention_mask=mask, **settings)[:, 1:]
+
+    labels = generated(input_ids=batch["input_ids"])
+    # Every third text is another one in its first token.
+    labels[::3, 0] = (labels[::3, 0] + 1) % model.config.vocab_size
+    labels = labels.masked_fill(labels == model.config.pad_token_id, -100)
+    data = [{**row, "labels": label.tolist()} for row, label in zip(data, labels, strict=True)]
+    (batch,) = batches(data, len(data))
+    report = measure(model, data, [FGM()], (1.0,), batch_size=len(data))
+    assert report.clean_further["exact_match"] == pytest.approx(8 / 12)
+    place = reference.AtInput(model, "example", loss_of)
+    place.moved = lambda batch, delta: delta * mask[:, :, None]
+    moved = model.get_input_embeddings()(batch["input_ids"]) + place.moved(
+        batch, reference.fgm(place, batch, 1.0, "l2")
+    )
+    texts = generated(inputs_embeds=moved)
+    wrong = (texts != labels) & (labels != -100)
+    right = (~wrong.any(1)).float().mean().item()
+    assert 0 < right < 8 / 12
+    assert report.further["exact_match"]["fgm"] == (pytest.approx(right),)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -231,7 +231,9 @@ class Spans(Task):
 
 
 class Texts(Task):
-    """A language model: nothing falls, the loss of each text counts. Loss and perplexity of a token.
+    """A language model: nothing falls, the loss of each text counts. Loss and perplexity of a token, exact match.
+
+    A text matches where each token with a label is the most probable one: what greedy decoding writes then is the text.
 
     Args:
         shifted: whether each position predicts the next one's token.
@@ -255,14 +257,16 @@ class Texts(Task):
             logits, labels = logits[:, :-1], labels[:, 1:]
         losses = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         error = losses.sum(1) / self.labels(batch).clamp(min=1)
-        found = Outcome(torch.ones_like(error, dtype=torch.bool), error, error)
+        matches = ((logits.argmax(2) == labels) | (labels == IGNORED)).all(1)
+        found = Outcome(matches, error, error)
         return found.unless_nan(error[:, None], self.worst)
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
         tokens = torch.cat(list(labels)).double()
         losses = torch.cat([each.error for each in outcomes]).double()
         loss = ((losses * tokens).sum() / tokens.sum()).item()
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        match = _mean([each.right for each in outcomes])
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "exact_match": match}
 
 
 def task_of(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Task:
