@@ -183,35 +183,21 @@ def as_number(value: Any) -> Any:
         return value
 
 
-ATTACK_FIELDS = (
-    "adv_epsilon",
-    "adv_method",
-    "adv_scope",
-    "adv_norm",
-    "adv_weight",
-    "adv_clean_weight",
-    "adv_steps",
-    "adv_step_size",
-    "adv_targeted",
-    "adv_kwargs",
-)
+# Settings of a method that have a flag, and are its own where the flag is left out.
+_SETTINGS = ("epsilon", "scope", "norm", "steps", "step_size")
 
 
 def changed_attack_fields(args: Any) -> list[str]:
     """The flags that describe the attack and differ from their defaults."""
     defaults = {f.name: f.default for f in fields(AdversarialArguments)}
-    return [name for name in ATTACK_FIELDS if getattr(args, name, defaults[name]) != defaults[name]]
+    names = ("method", *_SETTINGS, "weight", "clean_weight", "targeted", "kwargs")
+    flags = [f"adv_{name}" for name in names]
+    return [flag for flag in flags if getattr(args, flag, defaults[flag]) != defaults[flag]]
 
 
 def _given(args: AdversarialArguments) -> dict[str, Any]:
     """The method's settings that were given, by the method's names for them."""
-    named = {
-        "epsilon": args.adv_epsilon,
-        "scope": args.adv_scope,
-        "norm": args.adv_norm,
-        "steps": args.adv_steps,
-        "step_size": args.adv_step_size,
-    }
+    named = {name: getattr(args, f"adv_{name}") for name in _SETTINGS}
     given = {name: value for name, value in named.items() if value is not None}
     return given | (args.adv_kwargs if isinstance(args.adv_kwargs, dict) else {})
 
@@ -254,7 +240,7 @@ def _problems(args: AdversarialArguments) -> list[str]:
         found.append(f"adv_norm must be one of {', '.join(NORMS)}; found {args.adv_norm!r}.")
     if args.adv_kwargs is not None and not isinstance(args.adv_kwargs, dict):
         found.append(f"adv_kwargs must be a JSON object; found {args.adv_kwargs!r}.")
-    for name in ("epsilon", "scope", "norm", "steps", "step_size"):
+    for name in _SETTINGS:
         if isinstance(args.adv_kwargs, dict) and name in args.adv_kwargs and getattr(args, f"adv_{name}") is not None:
             found.append(f"{name} is given twice: adv_{name} and adv_kwargs[{name!r}]. Leave one out.")
     try:

@@ -50,15 +50,6 @@ class Predictions:
         # often the most probable class is another one.
         self._older: list[Tensor] = []
 
-    def watched(self, model: nn.Module, labels: Any) -> FirstOutput:
-        """A context around a step: the first output of `model` in it, the module that the step calls, is observed.
-
-        Args:
-            model: with its wrappers, around any compiled graph.
-            labels: the batch's, (examples,): classes or numbers. Anything else is not observed.
-        """
-        return FirstOutput(self, model, labels)
-
     def observe(self, output: Any, labels: Any) -> None:
         """Notes what the model says of a batch, or of a part of it.
 
@@ -137,6 +128,11 @@ class FirstOutput:
     """A context: the first output of a module inside goes to `Predictions`. The hook is there that long and no longer.
 
     It is on the outermost module, around any compiled graph and whatever an engine does.
+
+    Args:
+        predictions: observe it.
+        model: with its wrappers.
+        labels: the batch's, (examples,): classes or numbers. Anything else is not observed.
     """
 
     def __init__(self, predictions: Predictions | None = None, model: Any = None, labels: Any = None) -> None:
@@ -219,7 +215,7 @@ class CollapseWatch:
     def watched(self, model: nn.Module, labels: Any, step: int, schedule: Schedule, total: int) -> Any:
         """A context around a step, in which the model's answers are noted where they will be asked for."""
         late = step >= _settled(schedule, total) - total / 20
-        return self.predictions.watched(model, labels) if late and not self.said else nullcontext()
+        return FirstOutput(self.predictions, model, labels) if late and not self.said else nullcontext()
 
     def see(
         self,

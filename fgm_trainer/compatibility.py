@@ -43,8 +43,7 @@ def refuse(trainer: Any, model: nn.Module | None, attack: Attack, target: str | 
 
 
 def _of_the_model(model: nn.Module, attack: Attack, target: str | Target, epsilon_unit: str) -> Iterator[str]:
-    if not isinstance(target, Target):
-        yield from _raised_by(lambda: find_target(target, model).resolve_scope(attack.scope, attack.preferred_scope))
+    yield from _raised_by(lambda: find_target(target, model).resolve_scope(attack.scope, attack.preferred_scope))
     if epsilon_unit == "embedding":
         yield from _raised_by(lambda: input_embedding(model))
     classes, label = getattr(getattr(model, "config", None), "num_labels", None), attack.targeted

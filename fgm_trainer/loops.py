@@ -15,7 +15,7 @@ from .engine.controller import EpsilonController
 from .engine.driver import Driver, unit_of
 from .engine.guessing import guessing_of
 from .engine.kept import Kept
-from .engine.running_pass import RunningPass
+from .engine.running_pass import RunningPass, model_loss, reported_loss
 from .in_place import FGM, check_epsilon
 from .perturbation.batches import examples_in, without_column
 from .perturbation.target import Target
@@ -72,7 +72,7 @@ class Adversary:
         self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed
         inner = bare(model, accelerator)
         target = target or attack.default_target
-        self._target = target if isinstance(target, Target) else find_target(target, inner)
+        self._target = find_target(target, inner)
         engine = Engine(accelerator, model, inner)
         if attack.needs_whole_weights or target == "weights":
             engine.refuse_spread_weights(attack.name)
@@ -113,11 +113,11 @@ class Adversary:
             factor: what a schedule multiplies epsilon by, and of `auto` the strength. 0 makes one stock pass.
 
         Returns:
-            The loss of the first training pass, detached.
+            The clean loss, detached; where there is none, that of the first training pass.
         """
         # What guessing costs is known of the model's own loss.
         labels = batch.get("labels") if loss_of is None else None
-        loss_of = loss_of or _model_loss
+        loss_of = loss_of or model_loss
         controller = self.controller if epsilon is None else None
         if controller is None:
             epsilon = factor * (float(self._attack.epsilon) if epsilon is None else epsilon)
@@ -150,8 +150,7 @@ class Adversary:
         if controller is not None:
             controller.observe(passes, labels, rise=factor)
         self._kept.due = True
-        trained = [each for each in passes if each.is_training]
-        return next((p.unweighted for p in trained if p.is_clean), trained[0].unweighted)
+        return reported_loss(passes)
 
     def close(self) -> None:
         """Lets the model go."""
@@ -163,8 +162,3 @@ class Adversary:
         rank, world = (0, 1) if shared is None else (shared.process_index, shared.num_processes)
         batch, self._count = self._count * world + rank, self._count + 1
         return hash((self._seed, batch)) % 2**63
-
-
-def _model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    outputs = model(**batch)
-    return (outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]), outputs

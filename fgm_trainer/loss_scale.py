@@ -13,7 +13,7 @@ from .attacks import TrainPass
 from .engine.dropout import random_state_kept
 from .engine.running_pass import RunningPass
 from .perturbation.batches import copied
-from .robustness.passes import eval_mode
+from .perturbation.lookups import eval_mode
 
 
 def is_the_models_own(trainer: Any) -> bool:

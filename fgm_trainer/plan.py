@@ -49,12 +49,6 @@ class Plan:
         """Whether epsilon is found while training."""
         return self.attack.epsilon == AUTO or self.recover
 
-    @property
-    def label_column(self) -> str | None:
-        """The column of the data that only a targeted attack reads."""
-        label = self.attack.targeted
-        return label if isinstance(label, str) and label != "least_likely" else None
-
 
 def make_plan(
     args: Any,

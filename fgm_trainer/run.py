@@ -15,12 +15,11 @@ from .engine.accelerate import Engine, bare
 from .engine.controller import EpsilonController
 from .engine.driver import Driver, unit_of
 from .engine.kept import Kept
-from .engine.running_pass import RunPass
+from .engine.running_pass import RunPass, reported_loss
 from .loss_scale import LossScale
 from .metrics import RunFigures
 from .perturbation.batches import examples_in, without_column
-from .perturbation.target import Target
-from .perturbation.targets import EmbeddingOutput, find_target
+from .perturbation.targets import find_target
 from .plan import Plan
 from .trainer_pass import StockStep, make_pass
 
@@ -67,7 +66,7 @@ class AttackedRun:
         Returns:
             The clean loss, as `Trainer` reports it; where there is none, that of the first training pass.
         """
-        inputs, state = without_column(given, self.plan.label_column), self._trainer.state
+        inputs, state = without_column(given, self.plan.attack.targeted), self._trainer.state
         factor = self.plan.schedule.factor(state.global_step, state.max_steps)
         driver, kept = self._attached(model)
         if self._position.next() == 0:
@@ -103,9 +102,7 @@ class AttackedRun:
         for counter in self.counters:
             counter.value += 1
         self.figures.note(passes)
-        trained = [each for each in passes if each.is_training]
-        clean = [each for each in trained if each.is_clean]
-        return (clean[-1] if clean else trained[0]).unweighted
+        return reported_loss(passes)
 
     def _noted_clean(self, driver: Driver, kept: Kept, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         if kept.controller is not None:
@@ -134,7 +131,7 @@ class AttackedRun:
 
     def _new_driver(self, model: nn.Module, inner: nn.Module, attack: Attack) -> Driver:
         plan = self.plan
-        target = plan.target if isinstance(plan.target, Target) else find_target(plan.target, inner)
+        target = find_target(plan.target, inner)
         target.attach(inner, model)
         target.clip = plan.clip or target.clip
         return Driver(
@@ -170,7 +167,8 @@ class AttackedRun:
     @property
     def scope(self) -> str:
         """Over which entries norms are taken."""
-        target, attack = EmbeddingOutput() if self.driver is None else self.driver.target, self.plan.attack
+        trainer, attack = self._trainer, self.plan.attack
+        target = find_target(self.plan.target, bare(trainer.model, trainer.accelerator))
         return target.resolve_scope(attack.scope, attack.preferred_scope)
 
     def end(self) -> None:

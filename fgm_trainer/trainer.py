@@ -60,7 +60,11 @@ class AdversarialTrainerMixin(_Base):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        _refuse_two(attack, self._flags)
+        if attack is not None and (changed := changed_attack_fields(self._flags)):
+            raise ValueError(
+                f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. Leave one "
+                "out."
+            )
         self._given = attack, target, epsilon_schedule
         # The pass that an overridden `training_step` or `compute_loss` is called for.
         self.running_pass: RunningPass | None = None
@@ -136,7 +140,7 @@ class AdversarialTrainerMixin(_Base):
         return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
 
     def _for_model(self, inputs: dict[str, Any]) -> Any:
-        return without_column(inputs, self._run.plan.label_column)
+        return without_column(inputs, self._run.plan.attack.targeted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log`; the lines of training get the attack's figures as well."""
@@ -182,9 +186,9 @@ class AdversarialTrainerMixin(_Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        column = self._run.plan.label_column
-        kept: Any = self._signature_columns
-        if column is not None and kept is not None and column not in kept:
+        # The column of the data that only a targeted attack reads.
+        column, kept = self._run.plan.attack.targeted, vars(self)["_signature_columns"]
+        if isinstance(column, str) and kept is not None and column not in kept:
             vars(self)["_signature_columns"] = [*kept, column]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,14 +203,6 @@ class AdversarialTrainerMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._run.state.load(checkpoint)
-
-
-def _refuse_two(attack: Attack | None, flags: Any) -> None:
-    changed = changed_attack_fields(flags)
-    if attack is not None and changed:
-        raise ValueError(
-            f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. Leave one out."
-        )
 
 
 class AdversarialTrainer(AdversarialTrainerMixin, Trainer):

@@ -55,8 +55,7 @@ def evaluate_trainer(trainer: Any, plan: Plan, dataset: Any, **kwargs: Any) -> R
         "collate_fn": collate,
     }
     evaluate: Any = evaluate_embedder if embeds else evaluate_robustness
-    report: RobustnessReport = evaluate(model, dataset, **parts | kwargs)
-    return report
+    return evaluate(model, dataset, **parts | kwargs)
 
 
 def _with_columns(trainer: Any, collate: Any, columns: set[Any]) -> Any:

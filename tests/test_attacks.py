@@ -331,6 +331,21 @@ def test_the_driver_closes_the_coroutine(fail, error):
     assert caught.value.__context__ is None
 
 
+class CleanLast(FGM):
+    """FGM that ends with its clean pass."""
+
+    def passes(self, step):
+        answer = yield GradientPass()
+        yield TrainPass(self.step(answer, step.epsilon))
+        return TrainPass()
+
+
+def test_the_last_pass_must_train():
+    assert len(Bench("example").run(CleanLast(epsilon=1.0, scope="example"))) == 3
+    with pytest.raises(TypeError, match=r"The last pass of CleanLast\.passes must train, with a weight above 0; found"):
+        Bench("example").run(CleanLast(epsilon=1.0, scope="example", clean_weight=0.0))
+
+
 def test_an_error_inside_an_attack_is_raised_as_it_is():
     class Broken(FGM):
         def passes(self, step):

@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, Trainer, TrainerCallback, 
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
 from fgm_trainer import collapse as watch
-from fgm_trainer.collapse import CollapseWatch, Predictions
+from fgm_trainer.collapse import CollapseWatch, FirstOutput, Predictions
 from fgm_trainer.engine.schedule import Schedule
 
 PLAIN = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -392,7 +392,7 @@ def test_losses_of_ones_own(tmp_path, caplog, kind):
 
 def test_the_copy_of_a_model_that_is_watched_tells_nobody():
     predictions, model = Predictions(), nn.Linear(3, 2)
-    with predictions.watched(model, torch.tensor([0, 1])):
+    with FirstOutput(predictions, model, torch.tensor([0, 1])):
         twin = copy.deepcopy(model)
         twin(torch.randn(2, 3))
         assert predictions._answers == []
@@ -404,7 +404,7 @@ def test_the_copy_of_a_model_that_is_watched_tells_nobody():
 
 def test_a_fault_leaves_no_hook():
     predictions, model = Predictions(), nn.Linear(3, 2)
-    with pytest.raises(KeyboardInterrupt), predictions.watched(model, torch.tensor([0, 1])):
+    with pytest.raises(KeyboardInterrupt), FirstOutput(predictions, model, torch.tensor([0, 1])):
         raise KeyboardInterrupt
     assert not model._forward_hooks
 

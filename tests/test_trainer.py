@@ -337,6 +337,26 @@ def test_inputs_embeds_can_be_the_target(tmp_path):
     assert sum(hooks(trainer.model)) == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "scope"),
+    [
+        ({"adv_method": "awp"}, "tensor"),
+        ({"adv_target": "bert.encoder.layer.0", "adv_epsilon": 0.5}, "example"),
+        ({"adv_epsilon": 0.5}, "vocabulary"),
+        ({"adv_epsilon": "auto"}, "example"),
+        ({"adv_scope": "token"}, "token"),
+    ],
+    ids=str,
+)
+def test_the_model_card_names_the_scope_in_which_the_run_was_attacked(tmp_path, given, scope):
+    trainer = AdversarialTrainer(
+        model=tiny_bert(), args=flags(tmp_path, max_steps=1, **given), train_dataset=examples()
+    )
+    trainer.train()
+    trainer.create_model_card(model_name="tiny")
+    assert f"| scope | {scope} |" in (tmp_path / "README.md").read_text()
+
+
 def test_the_model_card_names_the_attack(tmp_path):
     args = flags(tmp_path, max_steps=1, adv_method="pgd", adv_epsilon=0.25, adv_steps=2)
     trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples())

@@ -81,8 +81,7 @@ class ATTA(PartialFGM):
         return last if memory is None else replace(last, then=memory.note)
 
     def _remembered(self, memory: Gradients, call: TargetCall, size: Any) -> Tensor:
-        delta: Tensor = size * steepest_ascent(memory.gradient(call), self.norm, call.units)
-        return delta
+        return size * steepest_ascent(memory.gradient(call), self.norm, call.units)
 
 
 @dataclass(frozen=True)
@@ -179,20 +178,17 @@ class Gradients:
 def packed(values: Tensor) -> Tensor:
     """The signs of the last dimension, eight a byte: uint8, (..., bytes)."""
     bits = (nn.functional.pad(values, (0, -values.shape[-1] % 8)) > 0).unflatten(-1, (-1, 8))
-    found: Tensor = (bits * _powers(values)).sum(-1, dtype=torch.uint8)
-    return found
+    return (bits * _powers(values)).sum(-1, dtype=torch.uint8)
 
 
 def unpacked(signs: Tensor, size: int) -> Tensor:
     """What `packed` was given: 1 and -1, int8, (..., size)."""
     bits = signs.unsqueeze(-1).bitwise_and(_powers(signs)) != 0
-    found: Tensor = 2 * bits.flatten(-2)[..., :size].to(torch.int8) - 1
-    return found
+    return 2 * bits.flatten(-2)[..., :size].to(torch.int8) - 1
 
 
 def _powers(like: Tensor) -> Tensor:
-    powers: Tensor = 2 ** torch.arange(8, dtype=torch.uint8, device=like.device)
-    return powers
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=like.device)
 
 
 def _examples(ids: Tensor, padding: Tensor | None) -> Iterator[tuple[int, Tensor]]:

@@ -200,7 +200,10 @@ def run(attack: Attack, step: Step, train: Trains, other: Callable[[GradientPass
         last = _weighted(stop.value, attack)
     finally:
         passes.close()
-    assert isinstance(last, TrainPass)
+    if not isinstance(last, TrainPass):
+        raise TypeError(
+            f"The last pass of {type(attack).__name__}.passes must train, with a weight above 0; found {last!r}."
+        )
     train(last, True)
 
 

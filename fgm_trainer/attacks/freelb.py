@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -61,9 +61,7 @@ class FreeLB(Iterated):
         init = step.epsilon if self.init is None else self.init
 
         def start(at: TargetCall) -> Tensor:
-            noise = uniform(at.value, at.units, step.seed + at.call)
-            noise = noise * (init / at.units.count(noise).clamp(min=1).sqrt())
-            return project(noise, step.epsilon, self.norm, at.units)
+            return project(start_noise(at, init, step.seed), step.epsilon, self.norm, at.units)
 
         if self.clean:
             yield TrainPass()
@@ -73,3 +71,9 @@ class FreeLB(Iterated):
             delta = project(result.delta + self.step(result, size), step.epsilon, self.norm, result.units)
             request = TrainPass(delta, weight=1 / self.steps, masks="path")
         return request
+
+
+def start_noise(at: TargetCall, init: Any, seed: int) -> Tensor:
+    """U(-init, init) / sqrt(n) in every entry, n the number of the unit's entries."""
+    noise = uniform(at.value, at.units, seed + at.call)
+    return noise * (init / at.units.count(noise).clamp(min=1).sqrt())

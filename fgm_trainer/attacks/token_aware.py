@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..perturbation.calls import TargetCall
-from ..perturbation.geometry import Units, ascent, project, uniform
+from ..perturbation.geometry import Units, ascent, project
 from .base import AUTO, Iterated, register
+from .freelb import start_noise
 from .requests import Memory, Passes, PassResult, Step, Total, TrainPass
 
 
@@ -75,17 +76,13 @@ class TokenAware(Iterated):
         table = step.memory or Table(step.seed, init)
         assert isinstance(table, Table)
 
-        def instance(at: TargetCall) -> Tensor:
-            noise = uniform(at.value, at.units, step.seed + at.call)
-            noise = noise * (init / at.units.count(noise).clamp(min=1).sqrt())
-            return project(noise, step.epsilon, self.norm, at.units)
-
         def start(at: TargetCall) -> Tensor:
             if at.ids is None:
                 raise ValueError(
                     "token_aware remembers a perturbation for each token: adv_target must be a token lookup."
                 )
-            return instance(at) + remembered(at.ids, at.vocabulary_size, at.value, at.units)
+            instance = project(start_noise(at, init, step.seed), step.epsilon, self.norm, at.units)
+            return instance + remembered(at.ids, at.vocabulary_size, at.value, at.units)
 
         def remembered(ids: Tensor, size: int, like: Tensor, units: Units) -> Tensor:
             return project(units.share(table.read(ids, size, like)), step.epsilon, self.norm, units)

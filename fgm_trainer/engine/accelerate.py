@@ -14,23 +14,13 @@ from ..perturbation.lookups import is_sharded
 def bare(model: nn.Module, accelerator: Any) -> nn.Module:
     """The model inside the wrappers of the engine and of torch.compile, its autocast kept."""
     inner = model if accelerator is None else accelerator.unwrap_model(model)
-    unwrapped: nn.Module = getattr(inner, "_orig_mod", inner)
-    return unwrapped
+    return getattr(inner, "_orig_mod", inner)
 
 
 def whole_copies(model: nn.Module, accelerator: Any) -> bool:
     """Whether there are several processes, each with all of the model's weights."""
     kind = getattr(getattr(accelerator, "distributed_type", None), "value", "")
     return kind.startswith("MULTI") and not any(map(is_sharded, model.parameters()))
-
-
-def gathered(accelerator: Any, items: list[Any]) -> list[Any]:
-    """The items of all processes, on each of them; without an accelerator those that are given."""
-    if accelerator is None:
-        return items
-    from accelerate.utils import gather_object
-
-    return list(gather_object(items))
 
 
 class AllProcesses:
@@ -42,12 +32,15 @@ class AllProcesses:
     def __call__(self, tensor: Tensor, /) -> Tensor:
         if self._accelerator is None:
             return tensor
-        summed: Tensor = self._accelerator.reduce(tensor, reduction="sum")
-        return summed
+        return self._accelerator.reduce(tensor, reduction="sum")
 
     def gathered(self, items: list[Any]) -> list[Any]:
-        """The items of all processes."""
-        return gathered(self._accelerator, items)
+        """The items of all processes, on each of them."""
+        if self._accelerator is None:
+            return items
+        from accelerate.utils import gather_object
+
+        return list(gather_object(items))
 
 
 class Engine:
@@ -80,8 +73,7 @@ class Engine:
         """The loss times the loss scale of half precision, without which small gradients are zeros there."""
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
-            scaled: Tensor = scaler.scale(loss)
-            return scaled
+            return scaler.scale(loss)
         deepspeed = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         return loss if deepspeed is None else loss * getattr(deepspeed.engine.optimizer, "loss_scale", 1.0)
 
@@ -99,15 +91,11 @@ class Engine:
 
         Not under engines that reduce the gradients of every pass: they expect each weight's in each of them.
         """
-        return self._kind not in ("DEEPSPEED", "FSDP") and not self._spread
-
-    @property
-    def _spread(self) -> bool:
-        return any(map(is_sharded, self.model.parameters()))
+        return self._kind not in ("DEEPSPEED", "FSDP") and not any(map(is_sharded, self.model.parameters()))
 
     def refuse_spread_weights(self, name: str) -> None:
         """Raises ValueError where weights or their gradients are spread over processes; `name` needs them whole."""
-        if self._spread or self._kind in ("DEEPSPEED", "FSDP"):
+        if not self.defers:
             raise ValueError(
                 f"{name!r} needs whole weights on every process, and this engine spreads them or their gradients. "
                 "Run it on one process or under DDP."

@@ -51,12 +51,17 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def _state(device: torch.device) -> State:
-    own = torch.get_device_module(device) if device.type != "cpu" else None
-    return torch.get_rng_state(), own.get_rng_state(device) if own else None
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_place(device))
+    return torch.get_rng_state(), own
 
 
 def _set(device: torch.device, state: State) -> None:
     cpu, own = state
     torch.set_rng_state(cpu)
     if own is not None:
-        torch.get_device_module(device).set_rng_state(own, device)
+        torch.get_device_module(device).set_rng_state(own, *_place(device))
+
+
+def _place(device: torch.device) -> tuple[torch.device, ...]:
+    # torch.mps has one device, and its functions take none.
+    return () if device.type == "mps" else (device,)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..attacks import ForwardPass, PassResult, Request, TrainPass
 from ..perturbation.batches import copied, examples_in
 from ..perturbation.calls import StepCalls
-from ..perturbation.divergence import Against, Outputs, detached, divergence, embeddings_noted, logits_of
+from ..perturbation.divergence import Against, Outputs, divergence, embeddings_noted, logits_of
+from ..perturbation.geometry import widen
+from ..perturbation.lookups import eval_mode
 from ..perturbation.target import Target
 from .accelerate import Engine
 from .dropout import random_state_kept
@@ -153,7 +155,8 @@ class RunningPass:
         _check_whole(self, batch)
         self._measuring, before = True, _with_gradient(self)
         try:
-            with self.forward_pass.loss_of(batch), _outputs_noted(shared) as noted:
+            outputs_noted: Any = embeddings_noted(shared.engine.model) if self.reads_outputs else nullcontext([])
+            with self.forward_pass.loss_of(batch), outputs_noted as noted:
                 result = compute(copied(batch))
             _check_reached(self, compute, batch)
         finally:
@@ -168,7 +171,7 @@ class RunningPass:
             against = _against_of(self.request, self.measured, logits)
             if against:
                 differentiated = self._divergences.take_in(logits, against, shared.engine.model, batch)
-            self._logits += detached(logits)
+            self._logits += tuple(each.detach() for each in logits)
         if self.gradient and differentiated.requires_grad:
             differentiated.register_hook(functools.partial(self.scales.note, self.measured))
         weight = self.request.weight if isinstance(self.request, TrainPass) else 1.0
@@ -193,9 +196,24 @@ class RunningPass:
         """What an attack is told of this pass."""
         tensor = self.forward_pass.tensor
         units = tensor.units()
-        gradient = tensor.gradient(self.scales.of_loss) if self.gradient else tensor.no_gradient()
+        gradient = tensor.gradient(self.scales.of_loss) if self.gradient else torch.zeros_like(widen(tensor.delta()))
         applied = None if self.is_clean else tensor.delta()
         return PassResult(units.only_tokens(gradient), units, self.loss, applied, self._logits, tensor.ids())
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """The model's own loss and its outputs. Raises ValueError where it returns no loss."""
+    outputs = model(**batch)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"{type(model).__name__} returned no loss for a batch of: {', '.join(batch)}. Has it labels?")
+    return loss, outputs
+
+
+def reported_loss(passes: Sequence[RunningPass]) -> Tensor:
+    """What a loop reports of a micro-batch: the clean loss; where there is none, that of the first training pass."""
+    trained = [each for each in passes if each.is_training]
+    return next((each for each in trained if each.is_clean), trained[0]).unweighted
 
 
 class LossScales:
@@ -301,10 +319,6 @@ def _refuse_own_backward(running: RunningPass) -> None:
         )
 
 
-def _outputs_noted(shared: MicroBatch) -> AbstractContextManager[list[Tensor]]:
-    return embeddings_noted(shared.engine.model) if shared.reads_outputs else nullcontext([])
-
-
 def _with_gradient(running: RunningPass) -> int:
     return sum(leaf.grad is not None for leaf in running.forward_pass.leaves)
 
@@ -349,15 +363,9 @@ def _check_reached(running: RunningPass, compute: Callable[[Any], Any], batch: A
     if not missed or shared.calls.stochastic:
         return
     probe = target.new_pass(target.step_calls("example"), None)
-    modes = [(m, m.training) for m in model.modules()]
     device = next(model.parameters()).device
-    try:
-        model.eval()
-        with torch.no_grad(), random_state_kept(device), target.replaced(probe), probe.loss_of(batch):
-            compute(copied(batch))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with eval_mode(model), torch.no_grad(), random_state_kept(device), target.replaced(probe), probe.loss_of(batch):
+        compute(copied(batch))
     if not probe.reached:
         raise RuntimeError(target.unreached(batch))
     if probe.reached_modules <= reached:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,24 +14,18 @@ from torch import Tensor
 INPUT_TENSORS = ("inputs_embeds", "pixel_values", "input_values", "input_features")
 
 
-def copied(batch: Any) -> Any:
+def copied(batch: Any, of_tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Any:
     """The batch in containers of its own, nested ones too: a pass may take things out of it. Tensors are shared."""
-    if isinstance(batch, MutableMapping):
-        own = copy.copy(batch)
-        for name, value in batch.items():
-            if isinstance(value, (MutableMapping, list, tuple)):
-                own[name] = copied(value)
-        return own
-    return _sequence(batch, map(copied, batch)) if isinstance(batch, (list, tuple)) else batch
+    if isinstance(batch, Tensor):
+        return of_tensor(batch)
+    if isinstance(batch, Mapping):
+        return with_entries(batch, {name: copied(value, of_tensor) for name, value in batch.items()})
+    return _sequence(batch, [copied(v, of_tensor) for v in batch]) if isinstance(batch, (list, tuple)) else batch
 
 
 def cloned(batch: Any) -> Any:
     """The batch with tensors of its own."""
-    if isinstance(batch, Tensor):
-        return batch.detach().clone()
-    if isinstance(batch, Mapping):
-        return with_entries(batch, {name: cloned(value) for name, value in batch.items()})
-    return _sequence(batch, map(cloned, batch)) if isinstance(batch, (list, tuple)) else batch
+    return copied(batch, lambda tensor: tensor.detach().clone())
 
 
 def versions_in(batch: Any) -> list[int]:

@@ -43,16 +43,15 @@ def valid_range(clip: Sequence[float], processor: Any = None) -> tuple[Tensor, T
 
 def fitted(clip: tuple[Tensor, Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
     """The range in the type of the values. Raises ValueError where it does not fit their shape."""
-    for bound in clip:
-        # A range of three channels would silently make three channels of one.
-        ends = zip(reversed(bound.shape), reversed(values.shape), strict=False)
-        if bound.dim() > values.dim() or any(b not in (1, v) for b, v in ends):
-            raise ValueError(
-                f"The valid range has shape {tuple(bound.shape)}, which does not fit the target's "
-                f"{tuple(values.shape)}: is the processor, with its `image_mean` and `image_std`, the one that made "
-                "this tensor?"
-            )
-    return clip[0].to(values), clip[1].to(values)
+    low, high = (bound.to(values) for bound in clip)
+    try:
+        # Not by broadcasting: a range of three channels would silently make three channels of one.
+        return low.expand_as(values), high.expand_as(values)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The valid range has shape {tuple(low.shape)}, which does not fit the target's {tuple(values.shape)}: is "
+            "the processor, with its `image_mean` and `image_std`, the one that made this tensor?"
+        ) from error
 
 
 def outside(value: Tensor, low: Tensor, high: Tensor, padding: Tensor | None) -> Tensor:

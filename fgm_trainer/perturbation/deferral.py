@@ -24,20 +24,16 @@ class Looked:
     """The ids that were looked up in a pass that is over; whoever owns the tensor may write to it afterwards."""
 
     def __init__(self, ids: Tensor) -> None:
-        self._source, self._version, self.ids = ids, version(ids), ids.clone()
+        # The source is held on to: its memory is nobody else's meanwhile.
+        self._source, self._known, self.ids = ids, _identity(ids), ids.clone()
 
     def are(self, ids: Tensor) -> bool:
         """Whether these are known to be the same ids: the same memory, not written to since."""
-        own = self._source
-        return version(ids) == self._version and (
-            ids is own
-            or (
-                ids.data_ptr() == own.data_ptr()
-                and ids.shape == own.shape
-                and ids.stride() == own.stride()
-                and ids.dtype == own.dtype
-            )
-        )
+        return _identity(ids) == self._known
+
+
+def _identity(ids: Tensor) -> tuple[object, ...]:
+    return version(ids), ids.data_ptr(), ids.shape, ids.stride(), ids.dtype
 
 
 @dataclass(eq=False)

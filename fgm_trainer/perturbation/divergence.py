@@ -104,11 +104,6 @@ def embeddings_noted(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def detached(outputs: Outputs) -> Outputs:
-    """The same numbers without their graph."""
-    return tuple(o.detach() for o in outputs)
-
-
 def divergence(outputs: Outputs, against: Sequence[Against], model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The weighted sum of the divergences, each a mean over examples (and positions), in float32 at least.
 

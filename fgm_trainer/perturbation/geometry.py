@@ -80,10 +80,6 @@ class Units:
         """`values` with one value a unit member: all positions that hold a vocabulary entry get the same."""
         return self.only_tokens(self.broadcast(widen(values)))
 
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest absolute value of each unit, in a shape that broadcasts against `values`; NaN stays NaN."""
-        return self.norms(values, math.inf)
-
     def euclidean(self, values: Tensor) -> Tensor:
         """The Euclidean norm of each unit, every member counted once, in a shape that broadcasts against `values`."""
         return self.norms(self.once(values), 2.0)
@@ -222,7 +218,7 @@ def gaussian(like: Tensor, units: Units, seed: int) -> Tensor:
 def length(perturbation: Tensor, norm: str, units: Units) -> Tensor:
     """The length of each unit, in a shape that broadcasts: largest entry for `linf` and `max`, else Euclidean."""
     perturbation = widen(perturbation)
-    return units.largest(perturbation) if norm in ("linf", "max") else units.euclidean(perturbation)
+    return units.norms(perturbation, math.inf) if norm in ("linf", "max") else units.euclidean(perturbation)
 
 
 def project(perturbation: Tensor, epsilon: float, norm: str, units: Units) -> Tensor:

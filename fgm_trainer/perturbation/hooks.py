@@ -25,9 +25,6 @@ class Hook:
 
     def __call__(self, *args: Any) -> Any: ...
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpentHook:
-        return SpentHook()
-
     def __reduce__(self) -> tuple[type[SpentHook], tuple[()]]:
         return SpentHook, ()
 

@@ -7,7 +7,7 @@ import fnmatch
 import importlib
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,11 +50,11 @@ def find_modules(model: nn.Module, pattern: str) -> list[nn.Module]:
     }
     for wrapper in _wrappers(model):
         if whole := [paths[name] for name, start in starts.items() if start == wrapper]:
-            return _once(whole)
+            return list(dict.fromkeys(whole))
     literal = not any(sign in pattern for sign in "*?[")
     if literal and (handed_on := _attribute(model, pattern)) is not None:
         return [handed_on]
-    found = _once(paths[name] for name in starts)
+    found = list(dict.fromkeys(paths[name] for name in starts))
     if not found:
         near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0.4) or list(paths)[:5]
         raise ValueError(
@@ -86,11 +86,7 @@ def _attribute(model: nn.Module, path: str) -> nn.Module | None:
         found = operator.attrgetter(path)(model)
     except (AttributeError, NotImplementedError):
         return None
-    return found if isinstance(found, nn.Module) and any(m is found for m in model.modules()) else None
-
-
-def _once(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    return list({id(m): m for m in modules}.values())
+    return found if isinstance(found, nn.Module) and found in model.modules() else None
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
@@ -112,7 +108,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
     # Patches (of a vision model, say) are no tokens, and such a model's lookups hold positions.
     candidates = {path: m for path, m in named.items() if any(is_lookup(part) for part in m.modules())}
     if not named:
-        candidates = _lookups(model)
+        candidates = _outermost(model, is_lookup)
     different = _by_weight(candidates.values())
     only_path = next(iter(candidates), "").rpartition(".")[2]
     if len(different) == 1 and (named or not _NO_TOKENS.search(only_path)):
@@ -146,11 +142,11 @@ def _named_embeddings(module: nn.Module, path: str = "") -> dict[str, nn.Module]
     return found
 
 
-def _lookups(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost lookups in the model, by path."""
+def _outermost(model: nn.Module, sought: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The modules sought that are in no other one, by path: an adapter's lookup wraps the one that it adapts."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if is_lookup(module) and not any(not outer or name.startswith(outer + ".") for outer in found):
+        if sought(module) and not any(not outer or name.startswith(outer + ".") for outer in found):
             found[name] = module
     return found
 
@@ -184,13 +180,11 @@ def input_lookups(model: nn.Module) -> list[nn.Module]:
 def shared_lookups(model: nn.Module, lookup: nn.Module) -> list[nn.Module]:
     """The outermost modules in `model` that look tokens up in the weight of `lookup`."""
     weight = weight_of(lookup)
-    named = {
-        name: module
-        for name, module in model.named_modules()
-        if module is lookup or (is_lookup(module) and same_weight(weight_of(module), weight))
-    }
-    # An adapter's lookup wraps the one that it adapts: only the outer one is hooked.
-    return [m for n, m in named.items() if not any(n.startswith(other + ".") for other in named)]
+
+    def shares(module: nn.Module) -> bool:
+        return module is lookup or (is_lookup(module) and same_weight(weight_of(module), weight))
+
+    return list(_outermost(model, shares).values())
 
 
 def same_weight(one: Any, other: Any) -> bool:
@@ -283,8 +277,7 @@ def is_sharded(weight: Any) -> bool:
 
 def _row_norms(rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=dtype)
-    return norms
+    return torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=dtype)
 
 
 def _scale_of(lookup: nn.Module) -> float:
@@ -309,24 +302,32 @@ def _output_norms(lookup: nn.Module, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def undisturbed(lookup: nn.Module) -> Iterator[None]:
-    """Inside, the lookup is called in evaluation mode, without gradients; modes, weights and random state are put back.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and every module's own mode afterwards.
 
     The flags are set, not `eval()` called: some adapters (loralib's) write their weights in it.
     """
-    modes = [(m, m.training) for m in lookup.modules()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def undisturbed(lookup: nn.Module) -> Iterator[None]:
+    """Inside, the lookup is called in eval mode, without gradients; weights and random state are put back."""
     # `max_norm` shortens the rows in place when they are looked up.
     shortened = [m.weight for m in lookup.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None]
     kept = [weight.detach().clone() for weight in shortened]
     devices = {w.device for w in lookup.parameters() if w.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(list(devices)):
+    with torch.no_grad(), torch.random.fork_rng(list(devices)), eval_mode(lookup):
         try:
-            for module, _ in modes:
-                module.training = False
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for weight, values in zip(shortened, kept, strict=True):
                 weight.copy_(values)
 

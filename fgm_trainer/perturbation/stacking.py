@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,10 +47,6 @@ class StackedCalls:
         """
         # A loss scale is divided out after widening: what is left may be zero in float16.
         return self.of(lambda call: None if call.gradient is None else widen(call.gradient) / scales[call.loss])
-
-    def no_gradient(self) -> Tensor:
-        """Zero, in the shape of `gradient`."""
-        return self.of(lambda call: None)
 
     def delta(self) -> Tensor:
         """The perturbation as it was applied: drawn, in the target's type, clipped."""
@@ -112,8 +107,7 @@ def stack(tensors: list[Tensor], fill: float = 0) -> Tensor:
 
 def cut(stacked: Tensor, calls: Sequence[Call]) -> list[Tensor]:
     """The part of each call."""
-    ends = list(itertools.accumulate(call.shape[0] for call in calls))
-    parts = [stacked[end - call.shape[0] : end] for call, end in zip(calls, ends, strict=True)]
+    parts = stacked.split([call.shape[0] for call in calls])
     return [p if p.dim() < 3 else p[:, : call.shape[1]] for p, call in zip(parts, calls, strict=True)]
 
 
@@ -136,8 +130,7 @@ def row_norms(values: Tensor, padding: Tensor | None, outliers: float = math.inf
         norms = torch.where(median > 0, norms.minimum(outliers * median), norms)
     if padding is not None:
         norms = norms.masked_fill(padding, 0.0)
-    length: Tensor = torch.linalg.vector_norm(norms, dim=1)
-    return length
+    return torch.linalg.vector_norm(norms, dim=1)
 
 
 def _padding(calls: Sequence[Call]) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -153,15 +153,14 @@ class Target:
         ids = None if ids is None else ids.transpose(0, 1)
         return self._pass.perturb(module, value.transpose(0, 1), ids, vocabulary_size).transpose(0, 1)
 
-    def _masks_around(self, model: nn.Module, inside: Sequence[nn.Module]) -> list[Site]:
+    def _masks_around(self, model: nn.Module, inside: set[nn.Module]) -> list[Site]:
         """Where the attention mask is read with which the modules around `inside` are called, the innermost's last.
 
         The mask of the batch would not do: two towers have one each, R-Drop doubles it, a decoder has its own.
         """
         sites = []
         for module in model.modules():
-            within = list(module.modules())
-            if not any(m is other for m in inside for other in within):
+            if inside.isdisjoint(module.modules()):
                 continue
             places = list(inspect.signature(module.forward).parameters)
             if "attention_mask" in places:

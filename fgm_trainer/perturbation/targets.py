@@ -17,6 +17,7 @@ from .lookups import (
     find_module,
     find_modules,
     input_embedding,
+    input_lookups,
     is_lookup,
     padding_id_of,
     shared_lookups,
@@ -63,16 +64,12 @@ class EmbeddingOutput(Target):
             lookups = [find_module(model, self.module)]
             tokens = _looks_tokens_up(model, lookups[0])
         else:
-            encoder = encoder_of(model)
-            lookups = shared_lookups(encoder or model, input_embedding(model))
-            if encoder is not None and not lookups:
-                # Not tied: the encoder has a lookup of its own.
-                lookups = [input_embedding(encoder)]
+            encoder, lookups = encoder_of(model), input_lookups(model)
         # Position and type ids look up as well, and their 0 is no padding.
         self._padding_id = padding_id_of(model) if tokens else None
         self._inside_encoder = encoder is None
         around = [] if encoder is None else [Site(encoder, True, self._enter), Site(encoder, False, self._leave)]
-        return [*around, *self._masks_around(model, lookups), *(Site(m, False, self._on_lookup) for m in lookups)]
+        return [*around, *self._masks_around(model, set(lookups)), *(Site(m, False, self._on_lookup) for m in lookups)]
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inside_encoder = True
@@ -108,7 +105,7 @@ class ModuleOutput(Target):
     def _find(self, model: nn.Module) -> list[Site]:
         modules = find_modules(model, self.module)
         self.expected = set(modules)
-        return [*self._masks_around(model, modules), *(Site(m, False, self._on_output) for m in modules)]
+        return [*self._masks_around(model, self.expected), *(Site(m, False, self._on_output) for m in modules)]
 
     def _on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._pass is None or output is None:
@@ -152,7 +149,7 @@ class InputTensor(Target):
         places = list(inspect.signature(model.forward).parameters)
         place = places.index(self.name) if self.name in places else len(places)
         call = functools.partial(self._on_call, place)
-        return [*self._masks_around(model, [model]), Site(model, True, call)]
+        return [*self._masks_around(model, {model}), Site(model, True, call)]
 
     def _begin(self, forward_pass: WatchedForward) -> None:
         super()._begin(forward_pass)
@@ -178,17 +175,19 @@ class InputTensor(Target):
         return None
 
 
-def find_target(name: str, model: nn.Module) -> Target:
+def find_target(name: str | Target, model: nn.Module) -> Target:
     """The target that `adv_target` names in `model`.
 
     Args:
         name: `word_embeddings`; `weights`; an input's name (`inputs_embeds`, `pixel_values`, ...); else a module path
-            or a pattern of such.
+            or a pattern of such. A `Target` stands for itself.
         model: the model inside every wrapper.
 
     Raises:
         ValueError: the model has no such module; near names are listed.
     """
+    if isinstance(name, Target):
+        return name
     if name == "word_embeddings":
         input_embedding(model)
         return EmbeddingOutput()

@@ -26,9 +26,6 @@ class PerturbedTensor(Protocol):
     def gradient(self, scales: Mapping[int, Tensor]) -> Tensor:
         """d(loss)/d(delta), in float32 at least; `scales` of each loss are divided out."""
 
-    def no_gradient(self) -> Tensor:
-        """Zero, in the shape of `gradient`."""
-
     def delta(self) -> Tensor:
         """The perturbation as it was applied."""
 
@@ -79,10 +76,6 @@ class WatchedForward:
             raise
         finally:
             self._open = False
-
-    def is_own(self) -> bool:
-        """Whether a call that happens now may be one that the loss is made of."""
-        return self.in_loss() and self.with_autograd()
 
     def in_loss(self) -> bool:
         """Whether a loss is being computed, or differentiated."""

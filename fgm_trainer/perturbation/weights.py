@@ -52,14 +52,16 @@ class Weights(Target):
             if weight.requires_grad and weight.dim() >= 2
         ]
         # A tied weight has one perturbation, wherever it is read.
-        self._weights = list({id(w): w for _, _, w in places}.values())
+        self._weights = list(dict.fromkeys(w for _, _, w in places))
         if not self._weights:
             raise ValueError(
                 f"{type(model).__name__} has no trainable weight matrix: adv_target='weights' means nothing."
             )
-        order = {id(w): i for i, w in enumerate(self._weights)}
-        modules = {id(m): m for m, _, _ in places}.values()
-        self._readers = [(m, [(n, order[id(w)]) for other, n, w in places if other is m]) for m in modules]
+        order = {w: i for i, w in enumerate(self._weights)}
+        readers: dict[nn.Module, Own] = {}
+        for module, name, weight in places:
+            readers.setdefault(module, []).append((name, order[weight]))
+        self._readers = list(readers.items())
         before = [Site(m, True, functools.partial(self._enter, own)) for m, own in self._readers]
         return [*before, *(Site(m, False, functools.partial(_put_back, own)) for m, own in self._readers)]
 
@@ -112,7 +114,7 @@ class _WeightPass(WatchedForward):
 
     def reads(self, module: nn.Module) -> bool:
         """Whether the module reads moved weights in a call that happens now."""
-        own = self.is_own()
+        own = self.in_loss() and self.with_autograd()
         if self.in_backward() and module in self._others and module not in self._graded:
             raise RuntimeError(
                 "The loss runs the model without autograd and again in its backward pass (gradient caching), which "
@@ -148,9 +150,6 @@ class _FlatWeights:
         # A weight that this forward pass did not read has no direction.
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         return widen(torch.cat([g.flatten() for g in gradients])) / scales[0]
-
-    def no_gradient(self) -> Tensor:
-        return torch.zeros_like(self.delta())
 
     def delta(self) -> Tensor:
         return torch.cat([leaf.detach().flatten() for leaf in self._leaves])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss, normalize
 
+from ..perturbation.lookups import eval_mode
 from .data import on_device
 from .evaluate import EPSILONS, evaluate_robustness
-from .passes import eval_mode
 from .report import RobustnessReport
 from .tasks import Numbers, Outcome, Task, output
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import PGD, Attack, Noise
+from ..perturbation.divergence import logits_of
 from .passes import LossOf
 from .report import RobustnessReport, mcnemar
 
@@ -133,7 +134,7 @@ def margin_loss(number: int | None = None) -> LossOf:
 
     def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         outputs = model(**inputs)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+        logits = logits_of(outputs)[0]
         labels = inputs["labels"].flatten()
         # Of tags those count that there are.
         logits, labels = logits.flatten(0, -2)[labels >= 0], labels[labels >= 0]

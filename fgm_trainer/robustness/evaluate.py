@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..attacks import FGM, PGD, Attack, Noise, Step
-from ..engine.accelerate import gathered
+from ..engine.accelerate import AllProcesses, bare
 from ..engine.driver import unit_of
 from ..perturbation.batches import examples_in, rows_of
 from ..perturbation.target import Target
@@ -79,8 +79,8 @@ def evaluate_robustness(
     """
     strongly, attacks = attacks == "strong", by_name(attacks)
     grid = _check_grid(epsilons, attacks, dataset)
-    model = getattr(model, "_orig_mod", model)
-    place = target if isinstance(target, Target) else find_target(target or "word_embeddings", model)
+    model = bare(model, None)
+    place = find_target(target or "word_embeddings", model)
     names = _names(attacks)
     found: list[_Found] = []
     evaluation = Evaluation(model, place, unit_of(epsilon_unit, model), columns_of(attacks), task)
@@ -96,7 +96,7 @@ def evaluate_robustness(
             elif number == 0:
                 # All have to know the task.
                 evaluation.clean(batch)
-    found = sorted(gathered(accelerator, found), key=lambda each: each.number)
+    found = sorted(AllProcesses(accelerator).gathered(found), key=lambda each: each.number)
     if not found:
         raise ValueError("Robustness can't be evaluated: the data set is empty, or no example has a label.")
     report = _report(evaluation.task, found, grid)

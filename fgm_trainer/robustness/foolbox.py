@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..engine.dropout import random_state_kept
 from ..perturbation.clipping import fitted, within
+from ..perturbation.divergence import logits_of
 from ..perturbation.forward_pass import PerturbedForward
 from ..perturbation.target import Target
 
@@ -90,9 +91,7 @@ class _FromValue(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """The logits, (examples, classes)."""
-        outputs = self._run(value)[1]
-        logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-        return logits
+        return logits_of(self._run(value)[1])[0]
 
     @torch.no_grad()
     def outputs(self, value: Tensor) -> Any:

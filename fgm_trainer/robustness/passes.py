@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..attacks import Attack, Step
 from ..engine.accelerate import Engine
 from ..engine.driver import Driver
-from ..engine.running_pass import RunningPass
+from ..engine.running_pass import RunningPass, model_loss
 from ..perturbation.batches import without_column
+from ..perturbation.lookups import eval_mode
 from ..perturbation.target import Target
 
 # (model, inputs) -> (loss, outputs).
@@ -54,27 +55,6 @@ def passes_of(
     plain = replace(attack, weight=1.0) if attack.clean_weight else replace(attack, weight=1.0, clean_weight=1.0)
     driver = Driver(plain, place, scope, Engine(None, model, model), trains=False)
     return driver.run(step, without_column(batch, attack.targeted), run_pass, batch)
-
-
-def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """The model's own loss and its outputs. Raises ValueError where it returns no loss."""
-    outputs = model(**batch)
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-    if not isinstance(loss, Tensor) or loss.dim():
-        raise ValueError(f"{type(model).__name__} returned no loss for a batch of: {', '.join(batch)}. Has it labels?")
-    return loss, outputs
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import FGM, PGD, Attack, Step
+from ..engine.accelerate import bare
 from ..engine.driver import unit_of
 from ..perturbation.batches import examples_in, rows_of
 from ..perturbation.target import Target
@@ -57,8 +58,7 @@ class RadiusReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON: None for a radius that is infinite."""
-        found: dict[str, Any] = plain(asdict(self))
-        return found
+        return plain(asdict(self))
 
 
 def smallest_epsilons(
@@ -100,8 +100,8 @@ def smallest_epsilons(
     """
     if not 0 < largest < math.inf or halvings < 1:
         raise ValueError(f"largest must be above 0 and halvings 1 or more; found {largest!r} and {halvings!r}.")
-    model = getattr(model, "_orig_mod", model)
-    place = target if isinstance(target, Target) else find_target(target or "word_embeddings", model)
+    model = bare(model, None)
+    place = find_target(target or "word_embeddings", model)
     search = _Search(model, place, attack or PGD(steps=20), unit_of(epsilon_unit, model), largest, halvings)
     radii: list[float] = []
     with evaluating(model, place, clip):

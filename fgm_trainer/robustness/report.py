@@ -69,8 +69,7 @@ class RobustnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON: None where a number is not finite."""
-        found: dict[str, Any] = plain(asdict(self))
-        return found
+        return plain(asdict(self))
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an example, for `datasets.Dataset.from_list`: label, prediction, and where it fell to each attack."""

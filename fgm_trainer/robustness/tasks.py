@@ -80,8 +80,7 @@ class Task:
 
     def labels(self, batch: Mapping[str, Any]) -> Tensor:
         """What predictions are compared with, (examples, ...)."""
-        labels: Tensor = batch["labels"]
-        return labels
+        return batch["labels"]
 
     def figures(self, outcomes: Sequence[Outcome], labels: Sequence[Tensor]) -> dict[str, float]:
         """What is reported of all batches; the first is `metric`."""
@@ -99,8 +98,7 @@ class Classes(Task):
         self.classes = classes
 
     def labels(self, batch: Mapping[str, Any]) -> Tensor:
-        labels: Tensor = batch["labels"].flatten()
-        return labels
+        return batch["labels"].flatten()
 
     def judge(self, outputs: Any, batch: Mapping[str, Any]) -> Outcome:
         logits = output(outputs, "logits", 1)
@@ -216,7 +214,8 @@ class Spans(Task):
     def judge(self, outputs: Any, batch: Mapping[str, Any]) -> Outcome:
         start, end = output(outputs, "start_logits", 1), output(outputs, "end_logits", 2)
         # No span ends before it begins.
-        both = (start[:, :, None] + end[:, None, :]).masked_fill(~_upper(start), -torch.inf).flatten(1)
+        both = start[:, :, None] + end[:, None, :]
+        both = both.masked_fill(torch.ones_like(both[0], dtype=torch.bool).tril(-1), -torch.inf).flatten(1)
         best = both.argmax(1)
         prediction = torch.stack([best // start.shape[1], best % start.shape[1]], 1)
         labels = self.labels(batch)
@@ -338,11 +337,6 @@ def ranks(values: Tensor) -> Tensor:
 
 def _mean(values: Sequence[Tensor]) -> float:
     return torch.cat([value.double() for value in values]).mean().item()
-
-
-def _upper(start: Tensor) -> Tensor:
-    size = start.shape[1]
-    return torch.ones(size, size, dtype=torch.bool, device=start.device).triu()
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..perturbation.lookups import eval_mode
 from .candidates import Candidates, characters
 from .data import bar
-from .passes import eval_mode
 from .tasks import output
 
 # A text's words, and what stands between them.
