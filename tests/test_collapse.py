@@ -285,10 +285,7 @@ SITUATIONS = {
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, and those of autocast in transformers 4.46
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("accumulation", "bf16", "a line a step") else pytest.mark.slow)
-        for name in SITUATIONS
-    ],
+    [pytest.param(name, marks=() if name in ("accumulation", "bf16") else pytest.mark.slow) for name in SITUATIONS],
 )
 def test_both_are_told_apart_in_every_situation(tmp_path, caplog, name):
     data = easy()
@@ -382,7 +379,7 @@ class CopiesItsModel(AdversarialTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-@pytest.mark.parametrize("kind", [Twice, CopiesItsModel])
+@pytest.mark.parametrize("kind", [pytest.param(Twice, marks=pytest.mark.slow), CopiesItsModel])
 def test_losses_of_ones_own(tmp_path, caplog, kind):
     data = easy()
     model = learned(tmp_path, data)
@@ -462,7 +459,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("silent", [0, 1])
+@pytest.mark.parametrize("silent", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_processes_are_added_up_even_where_one_has_seen_nothing(tmp_path, silent):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]

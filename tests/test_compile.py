@@ -174,7 +174,7 @@ def loop(model, backward):
     # awp has hooks on every module: code that they share would have to fit them all.
     [
         ("function", FGM(epsilon=1.0)),
-        ("function", PGD(epsilon=1.0)),
+        pytest.param("function", PGD(epsilon=1.0), marks=pytest.mark.slow),
         ("method", PGD(epsilon=1.0)),
         ("function", AWP(epsilon=5e-3)),
     ],
@@ -238,7 +238,7 @@ def test_code_that_a_stock_run_compiled_does_not_pass_for_code_with_hooks(tmp_pa
     assert far(weights(eager), weights(model)) < 1e-6
 
 
-@pytest.mark.parametrize("how", ["function", "method"])
+@pytest.mark.parametrize("how", [pytest.param("function", marks=pytest.mark.slow), "method"])
 def test_an_adversary_made_after_the_first_plain_steps_is_seen(how):
     results = []
     for way in ("eager", how):

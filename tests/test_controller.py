@@ -306,7 +306,10 @@ def learned(kind):
     return model
 
 
-@pytest.mark.parametrize("method", ["fgm", "partial_fgm", "vat", "freelb", "smart"])
+@pytest.mark.parametrize(
+    "method",
+    ["fgm", "partial_fgm", "vat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("freelb", "smart"))],
+)
 @pytest.mark.parametrize(
     "kind", ["bert", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("distilbert", "modernbert"))]
 )

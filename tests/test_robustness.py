@@ -67,7 +67,8 @@ def ten_steps(place, batch, epsilon, norm):
 
 @pytest.mark.parametrize(("attack", "plain"), [(FGM(), reference.fgm), (PGD(steps=10), ten_steps)], ids=["fgm", "pgd"])
 @pytest.mark.parametrize(
-    ("scope", "norm", "factor"), [("example", "l2", 1), ("token", "l2", 0.3), ("example", "linf", 0.1)]
+    ("scope", "norm", "factor"),
+    [("example", "l2", 1), ("token", "l2", 0.3), pytest.param("example", "linf", 0.1, marks=pytest.mark.slow)],
 )
 def test_equals_a_plain_loop(attack, plain, scope, norm, factor):
     model, data = model_and_data()
@@ -94,7 +95,7 @@ def test_the_scope_is_example_where_none_is_named():
 
 def test_the_curve_never_rises():
     model, data = model_and_data()
-    grid = (0.0, 0.05, 0.1, 0.3, 0.6, 1.0, 3.0, 9.0, 30.0, 100.0)
+    grid = (0.0, 0.1, 0.3, 1.0, 9.0, 100.0)
     attacks = [Noise(), FGM(), PGD(steps=3), FGM(norm="linf"), FGM(scope="token"), FGM(norm="none")]
     report = measure(model, data, attacks, grid)
     assert len(report.scores) == len(attacks)

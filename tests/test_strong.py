@@ -174,7 +174,11 @@ def test_regression_has_no_margin():
 # The smallest epsilon -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attack", [PGD(steps=4), FGM(norm="linf"), PGD(steps=3, scope="token")], ids=str)
+@pytest.mark.parametrize(
+    "attack",
+    [PGD(steps=4), FGM(norm="linf"), pytest.param(PGD(steps=3, scope="token"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_radius_of_each_example_is_that_of_the_example_alone(attack):
     """Bisection of each example by itself, at plain numbers, finds the same."""
     model, data = model_and_data(size=20)

@@ -136,7 +136,7 @@ def test_the_core_runs_on_torch_alone(code, forbidden):
 
 
 def test_the_check_of_light_imports_can_fail():
-    check = "import fgm_trainer; fgm_trainer.AdversarialTrainer\nimport sys\nassert 'transformers' not in sys.modules"
+    check = "import json\nimport sys\nassert 'json' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120)
     assert "AssertionError" in done.stderr
 
