@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .attacks import ATTACKS, AUTO, Attack, attack_class, own_settings
+from .engine.controller import STRENGTH
 from .engine.driver import EPSILON_UNITS
 from .engine.schedule import WARMUP, Schedule
 from .perturbation.batches import INPUT_TENSORS
@@ -35,7 +36,7 @@ class AdversarialArguments:
         },
     )
     adv_strength: float = field(
-        default=1.0,
+        default=STRENGTH,
         metadata={
             "help": "With adv_epsilon `auto`: the share of what there is to lose (the loss of guessing less the clean "
             "loss) that an attack may add to the loss."

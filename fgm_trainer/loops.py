@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import attacks
 from .attacks import Memory, Step
 from .engine.accelerate import AllProcesses, Engine, bare
-from .engine.controller import EpsilonController
+from .engine.controller import STRENGTH, EpsilonController
 from .engine.driver import Driver, unit_of
 from .engine.guessing import guessing_of
 from .engine.kept import Kept
@@ -66,7 +66,7 @@ class Adversary:
         seed: int = 0,
         epsilon_unit: str = "absolute",
         clip: tuple[Tensor, Tensor] | None = None,
-        strength: float = 1.0,
+        strength: float = STRENGTH,
         recover: bool = False,
     ) -> None:
         self._model, self._attack, self._accelerator, self._seed = model, attack, accelerator, seed

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .arguments import AdversarialArguments
 from .attacks import AUTO, FGM, Attack
+from .engine.controller import STRENGTH
 from .engine.schedule import WARMUP, Schedule
 from .perturbation.clipping import valid_range
 from .perturbation.target import Target
@@ -35,7 +36,7 @@ class Plan:
     target: str | Target
     clip: tuple[Tensor, Tensor] | None = None
     epsilon_unit: str = "absolute"
-    strength: float = 1.0
+    strength: float = STRENGTH
     recover: bool = False
     same_dropout: bool = False
 

@@ -13,6 +13,8 @@ from ..attacks import ForwardPass, GradientPass, Total, TrainPass
 from .guessing import GuessingLoss
 from .running_pass import RunningPass
 
+# By default the loss under attack may exceed that of guessing by half of the distance (docs/epsilon.md).
+STRENGTH = 1.5
 # The first step's epsilon, before the length of what is perturbed is known.
 _FIRST = 1e-4
 # Relative to that length: below which epsilon never falls, and where it starts.
@@ -35,7 +37,7 @@ class EpsilonController:
 
     With c the clean loss, g what the attack adds (`losses_of`), e epsilon and H the loss of guessing, means over an
     optimizer step of all processes, smoothed over about ten steps; t a twentieth of H, or of c where that is larger;
-    r 5/2 of the share of rare labels, at most 1 (`GuessingLoss.bearable`), and rise what the schedule says:
+    r the odds of a rare label, at most 1 (`GuessingLoss.bearable`), and rise what the schedule says:
 
         target   = strength * rise * r * max(H + t - c, 0)
         epsilon <- epsilon * clip((target + t) / (g * epsilon / e + t), 0.5, 1.2)

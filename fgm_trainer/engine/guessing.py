@@ -76,18 +76,18 @@ class GuessingLoss:
         return found
 
     def bearable(self, counts: Tensor) -> Tensor:
-        """The part of what there is to lose that an attack may take, a scalar up to 1: 5/2 of the share of rare labels.
+        """The part of what there is to lose that an attack may take, a scalar up to 1: the odds of a rare label.
 
-        Of classes those are all but the most frequent one, and two fifths of them count as even; of several labels an
-        example they are the less frequent value of each. What an attack adds falls on them most: where nine words in
-        ten are no entity, a mean of 0.4 more is up to 4 more on each entity. 1 for numbers, and where nothing is known.
+        Of classes those are all but the most frequent one; of several labels an example the less frequent value of
+        each. What an attack adds falls on them most: where nine words in ten are no entity, a mean of 0.4 more is up to
+        4 more on each entity. 1 for numbers, and where nothing is known.
         """
         if not self._size or self._numbers:
             return counts.new_ones(())
         number, total, _ = counts.view(3, self._size)
         mean = total / number
-        rare = 1 - mean.max() if self._one else torch.minimum(mean, 1 - mean).nanmean()
-        return torch.where((number > 0).any(), (2.5 * rare).clamp(max=1), 1.0)
+        rare = 1 - mean.max() if self._one else torch.minimum(mean, 1 - mean)
+        return torch.where((number > 0).any(), (rare / (1 - rare)).clamp(max=1).nanmean(), 1.0)
 
 
 def guessing_of(model: nn.Module) -> GuessingLoss:

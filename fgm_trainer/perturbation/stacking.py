@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -107,7 +108,9 @@ def stack(tensors: list[Tensor], fill: float = 0) -> Tensor:
 
 def cut(stacked: Tensor, calls: Sequence[Call]) -> list[Tensor]:
     """The part of each call."""
-    parts = stacked.split([call.shape[0] for call in calls])
+    # Not `split`: where the first pass had all examples and the next one a part of them, there are fewer rows.
+    ends = list(itertools.accumulate(call.shape[0] for call in calls))
+    parts = [stacked[end - call.shape[0] : end] for call, end in zip(calls, ends, strict=True)]
     return [p if p.dim() < 3 else p[:, : call.shape[1]] for p, call in zip(parts, calls, strict=True)]
 
 
