@@ -66,8 +66,8 @@ class AttackedRun:
         Returns:
             The clean loss, as `Trainer` reports it; where there is none, that of the first training pass.
         """
-        inputs, state = without_column(given, self.plan.attack.targeted), self._trainer.state
-        factor = self.plan.schedule.factor(state.global_step, state.max_steps)
+        inputs, progress = without_column(given, self.plan.attack.targeted), self._trainer.state
+        factor = self.plan.schedule.factor(progress.global_step, progress.max_steps)
         driver, kept = self._attached(model)
         if self._position.next() == 0:
             self.state.settle(driver)

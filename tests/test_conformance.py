@@ -153,7 +153,7 @@ def test_gradients_are_the_sum_of_the_training_passes(tmp_path, met, name, targe
     if trains == 1 and name not in ("partial_fgm", "atta"):
         model(**batch).loss.backward()
     for delta, _ in met[-trains:]:
-        calls = place.step_calls("example")
+        calls = place.shared_calls("example")
         for given in (None, delta):
             # The first pass of a step says what the calls are.
             once = place.new_pass(calls, given)

@@ -18,7 +18,7 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from fgm_trainer import FGSM, PGD, AdversarialTrainer, Noise
 from fgm_trainer.loops import Adversary
-from fgm_trainer.perturbation.calls import StepCalls
+from fgm_trainer.perturbation.calls import SharedCalls
 from fgm_trainer.perturbation.clipping import valid_range
 from fgm_trainer.perturbation.forward_pass import PerturbedForward
 from fgm_trainer.perturbation.targets import InputTensor
@@ -374,7 +374,7 @@ def test_rounding_does_not_leave_the_range(dtype):
     delta = 5 * torch.randn(value.shape, generator=draw).sign()
     bound = torch.where(delta > 0, high.to(dtype), low.to(dtype))
     assert outside([value + (bound - value)], low, high) > 100, "rounding matters here"
-    calls = StepCalls(clip=(low, high))
+    calls = SharedCalls(clip=(low, high))
     for given in (None, delta):
         seen = PerturbedForward(calls, given, gradient=True)
         with seen.loss_of({"pixel_values": value}):

@@ -21,7 +21,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from ..attacks import Attack, ForwardPass, GradientPass, PassResult, Request, Step, TrainPass, run
 from ..perturbation.batches import cloned, examples_in, rows_of, versions_in
-from ..perturbation.calls import StepCalls
+from ..perturbation.calls import SharedCalls
 from ..perturbation.divergence import relabelled
 from ..perturbation.lookups import mean_embedding_norm
 from ..perturbation.target import Target
@@ -101,7 +101,7 @@ class Driver:
         return MicroBatch(
             self.target,
             self.engine,
-            self.target.step_calls(self._scope, self._defers),
+            self.target.shared_calls(self._scope, self._defers),
             run_pass,
             micro_batches,
             self.attack.reads_outputs,
@@ -135,12 +135,12 @@ class _AttackedMicroBatch:
         if request.then is not None:
             # What comes last has nobody to send a gradient on to.
             self._shared.calls.defers = False
-        told = not last or request.then is not None
-        running = self._new_pass(request, self.batch, gradient=told, trains=True)
+        needs_result = not last or request.then is not None
+        running = self._new_pass(request, self.batch, gradient=needs_result, trains=True)
         local = nullcontext() if last else driver.engine.local_gradients()
         with self._masks.drawn(request.masks), local, driver.target.perturbed(running.forward_pass):
             running.run(driver.engine.wrapped)
-        result = self._result(running) if told else None
+        result = self._result(running) if needs_result else None
         if request.then is not None:
             assert result is not None
             request.then(result)
@@ -201,7 +201,7 @@ class _RangeCheck:
         self._on_cpu = device.type == "cpu"
         self._outside: Tensor | None = None
 
-    def note(self, calls: StepCalls) -> None:
+    def note(self, calls: SharedCalls) -> None:
         """Takes in what the calls of a micro-batch found."""
         if not calls.outside:
             return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attacks import ForwardPass, PassResult, Request, TrainPass
 from ..perturbation.batches import copied, examples_in
-from ..perturbation.calls import StepCalls
+from ..perturbation.calls import SharedCalls
 from ..perturbation.divergence import Against, Outputs, divergence, embeddings_noted, logits_of
 from ..perturbation.geometry import widen
 from ..perturbation.lookups import eval_mode
@@ -41,11 +41,11 @@ class MicroBatch:
 
     target: Target
     engine: Engine
-    calls: StepCalls
+    calls: SharedCalls
     run_pass: RunPass
     micro_batches: int | None
     reads_outputs: bool
-    check_range: Callable[[StepCalls], None]
+    check_range: Callable[[SharedCalls], None]
 
 
 class RunningPass:
@@ -362,7 +362,7 @@ def _check_reached(running: RunningPass, compute: Callable[[Any], Any], batch: A
     missed = not seen.reached or (reached < target.expected and reached not in target.settled)
     if not missed or shared.calls.stochastic:
         return
-    probe = target.new_pass(target.step_calls("example"), None)
+    probe = target.new_pass(target.shared_calls("example"), None)
     device = next(model.parameters()).device
     with eval_mode(model), torch.no_grad(), random_state_kept(device), target.replaced(probe), probe.loss_of(batch):
         compute(copied(batch))

@@ -98,8 +98,8 @@ class Call:
 
 
 @dataclass
-class StepCalls:
-    """What the passes of one micro-batch share.
+class SharedCalls:
+    """What the passes of one micro-batch know of one another's calls of the target.
 
     Args:
         scope: over which entries norms are taken.

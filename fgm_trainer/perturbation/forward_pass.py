@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, Draw, StepCalls, TargetCall, examples_of, repeated_call
+from .calls import Call, Draw, SharedCalls, TargetCall, examples_of, repeated_call
 from .clipping import fitted, outside, within
 from .deferral import Looked, Owed, is_plain_lookup, send_the_rest, sent_on
 from .geometry import widen
@@ -25,7 +25,7 @@ class PerturbedForward(WatchedForward):
     """A forward pass in which the calls of the target are perturbed.
 
     Args:
-        step: what it shares with the other passes of the micro-batch.
+        shared: what it shares with the other passes of the micro-batch.
         delta: the perturbation to add, (rows, positions, dimension), or what draws it, or None for none.
         gradient: whether the gradient with respect to the perturbation is wanted.
         trains: whether weights get gradients from it.
@@ -34,16 +34,16 @@ class PerturbedForward(WatchedForward):
 
     def __init__(
         self,
-        step: StepCalls,
+        shared: SharedCalls,
         delta: Tensor | Draw | None = None,
         *,
         gradient: bool = False,
         trains: bool = False,
         chosen: Tensor | None = None,
     ) -> None:
-        super().__init__(step, gradient=gradient, trains=trains)
+        super().__init__(shared, gradient=gradient, trains=trains)
         self._delta, self._chosen = delta, chosen
-        self._defers = step.defers and trains
+        self._defers = shared.defers and trains
 
     def perturb(self, module: nn.Module, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
         """Called by the target's hook: the value that goes on through the model in place of `value`."""
@@ -55,28 +55,28 @@ class PerturbedForward(WatchedForward):
         if not value.is_floating_point():
             raise TypeError(f"A perturbation can be added to floating-point numbers only; the target is {value.dtype}.")
         call = self._noted(module, value, ids, vocabulary_size)
-        if self.step.is_perturbed(call.key):
+        if self.shared.is_perturbed(call.key):
             call.delta = self._own_delta(call, value)
             value = self._moved(call, value)
         self.calls.append(call)
         return value
 
     def _noted(self, module: nn.Module, value: Tensor, ids: Tensor | None, vocabulary_size: int) -> Call:
-        graded, step = self.with_autograd(), self.step
+        graded, shared = self.with_autograd(), self.shared
         number = sum(call.key[0] is module and call.graded == graded for call in self.calls)
         # Where the model is called with as many rows, a row is a sequence.
         as_called = any(isinstance(mask, Tensor) and mask.shape[0] == value.shape[0] for mask in self.masks)
-        is_sequences = not graded or step.scope != "example" or ids is not None or as_called
+        is_sequences = not graded or shared.scope != "example" or ids is not None or as_called
         examples, count = examples_of(self.batch, value, is_sequences)
-        padding = step.padding_of(value, ids, self.masks)
+        padding = shared.padding_of(value, ids, self.masks)
         return Call((module, number, graded), value.shape, ids, vocabulary_size, padding, examples, count, self.losses)
 
     def _own_delta(self, call: Call, value: Tensor) -> Tensor | None:
         """This call's own perturbation, as it is applied."""
-        part, value, clip = self._own_part(call, value), value.detach(), self.step.clip
+        part, value, clip = self._own_part(call, value), value.detach(), self.shared.clip
         if clip is not None:
             low, high = fitted(clip, value)
-            self.step.outside.append(outside(value, low, high, call.padding))
+            self.shared.outside.append(outside(value, low, high, call.padding))
         if part is None:
             return None
         part = part.to(value.dtype)
@@ -89,34 +89,38 @@ class PerturbedForward(WatchedForward):
         if self._delta is None:
             return None
         if isinstance(self._delta, Tensor):
-            return part_of(self._delta, self.step, call, self._chosen, self.batch)
+            return part_of(self._delta, self.shared, call, self._chosen, self.batch)
         if not call.graded:
             raise RuntimeError(_DRAWN_TOO_LATE)
-        units = StackedCalls(self.step.scope, [(call, call)]).units()
+        units = StackedCalls(self.shared.scope, [(call, call)]).units()
         number = sum(other.graded for other in self.calls)
         return self._delta(TargetCall(value.detach(), units, call.ids, call.vocabulary_size, number))
 
     def _moved(self, call: Call, value: Tensor) -> Tensor:
-        """What goes on through the model; the leaf that the gradient is read from."""
+        """What goes on through the model in place of `value`.
+
+        It is value + leaf, and the gradient is read at the leaf. In two cases a lookup's way back differs: an earlier
+        pass ends it here (the leaf is the moved value itself), and the last one brings along what those kept.
+        """
         if self._defers and call.ids is not None:
-            if self.wanted and (call.deferred or is_plain_lookup(call.key[0])):
+            if self.takes_gradient and (call.deferred or is_plain_lookup(call.key[0])):
                 # The way back ends here. A copy: the model may write to what it is given.
                 call.deferred = True
                 if call.leaf is None:
                     call.leaf = (value if call.delta is None else value + call.delta).detach().requires_grad_()
                 return call.leaf.clone()
-            if not self.wanted:
-                value = sent_on(call.key[0], value, call.ids, self.step.owed.get(call.key, []))
-        if not self.wanted and call.delta is None:
+            if not self.takes_gradient:
+                value = sent_on(call.key[0], value, call.ids, self.shared.owed.get(call.key, []))
+        if not self.takes_gradient and call.delta is None:
             call.leaf = value.detach()
             return value
         if call.leaf is None:
             leaf = torch.zeros_like(value) if call.delta is None else call.delta
-            call.leaf = leaf.detach().requires_grad_() if self.wanted else leaf
+            call.leaf = leaf.detach().requires_grad_() if self.takes_gradient else leaf
         moved = value + call.leaf
-        if self.step.clip is not None and call.delta is not None:
+        if self.shared.clip is not None and call.delta is not None:
             # The sum may round to just outside: the value is the range's own, the gradient as if nothing were done.
-            inside = within(moved.detach(), value.detach(), *fitted(self.step.clip, value))
+            inside = within(moved.detach(), value.detach(), *fitted(self.shared.clip, value))
             moved = inside + (moved - moved.detach())
         return moved
 
@@ -127,7 +131,7 @@ class PerturbedForward(WatchedForward):
             return value
         call.repeated = True
         if not call.graded:
-            _note_cached(self.step, call, self._delta is not None, self.wanted and not self.trains)
+            _note_cached(self.shared, call, self._delta is not None, self.takes_gradient and not self.trains)
         return self._moved(call, value)
 
     # What came of it --------------------------------------------------------------------------------------------------
@@ -135,7 +139,7 @@ class PerturbedForward(WatchedForward):
     @property
     def own(self) -> list[Call]:
         """The calls that are perturbed."""
-        return [call for call in self.calls if self.step.is_perturbed(call.key)]
+        return [call for call in self.calls if self.shared.is_perturbed(call.key)]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -144,39 +148,40 @@ class PerturbedForward(WatchedForward):
     @property
     def tensor(self) -> StackedCalls:
         own = {call.key: call for call in self.own}
-        return StackedCalls(self.step.scope, [(first, own.get(key)) for key, first in (self.step.layout or {}).items()])
+        layout = self.shared.layout or {}
+        return StackedCalls(self.shared.scope, [(first, own.get(key)) for key, first in layout.items()])
 
     def example_norms(self) -> tuple[Tensor, Tensor]:
         return example_norms(self.own)
 
     def end(self) -> None:
-        step = self.step
-        if self.wanted:
-            _refuse_no_gradient(step, self.own)
-        if self.wanted and not step.layout:
-            step.idle |= {call.key for call in self.own if call.gradient is None}
+        shared = self.shared
+        if self.takes_gradient:
+            _refuse_no_gradient(shared, self.own)
+        if self.takes_gradient and not shared.layout:
+            shared.idle |= {call.key for call in self.own if call.gradient is None}
         own = {call.key: call for call in self.own}
-        if not step.layout:
-            step.layout = own
-        elif isinstance(self._delta, Tensor) and not step.stochastic and own.keys() != step.layout.keys():
+        if not shared.layout:
+            shared.layout = own
+        elif isinstance(self._delta, Tensor) and not shared.stochastic and own.keys() != shared.layout.keys():
             raise RuntimeError(OTHER_CALLS)
-        if self._defers and not self.wanted:
-            send_the_rest(step.owed)
+        if self._defers and not self.takes_gradient:
+            send_the_rest(shared.owed)
             return
         for call in own.values():
             call.looked = None if call.ids is None else Looked(call.ids)
             if call.deferred and call.gradient is not None:
-                _owe(step.owed.setdefault(call.key, []), call, widen(call.gradient))
-        if step.scope == "vocabulary" and self._chosen is None:
+                _owe(shared.owed.setdefault(call.key, []), call, widen(call.gradient))
+        if shared.scope == "vocabulary" and self._chosen is None:
             # What comes next is a perturbation of these ids.
-            step.layout = {key: own.get(key, first) for key, first in step.layout.items()}
+            shared.layout = {key: own.get(key, first) for key, first in shared.layout.items()}
 
 
-def _refuse_no_gradient(step: StepCalls, own: list[Call]) -> None:
+def _refuse_no_gradient(shared: SharedCalls, own: list[Call]) -> None:
     own = [call for call in own if call.leaf is not None]
-    if any(call.gradient is not None for call in own) or (step.stochastic and not own):
+    if any(call.gradient is not None for call in own) or (shared.stochastic and not own):
         return
-    if any(call.key in step.cached for call in own):
+    if any(call.key in shared.cached for call in own):
         raise RuntimeError(_CACHED)
     raise RuntimeError(
         "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
@@ -184,12 +189,12 @@ def _refuse_no_gradient(step: StepCalls, own: list[Call]) -> None:
     )
 
 
-def _note_cached(step: StepCalls, call: Call, moved: bool, trains_nothing: bool) -> None:
+def _note_cached(shared: SharedCalls, call: Call, moved: bool, trains_nothing: bool) -> None:
     """A call without autograd that the backward pass runs again."""
-    if call.key not in step.cached:
+    if call.key not in shared.cached:
         if moved:
             raise RuntimeError(_DRAWN_TOO_LATE)
-        step.cached.add(call.key)
+        shared.cached.add(call.key)
     if trains_nothing:
         raise RuntimeError(_CACHED)
 

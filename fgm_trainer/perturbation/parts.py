@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .batches import examples_in
-from .calls import Call, StepCalls
+from .calls import Call, SharedCalls
 from .stacking import cut
 
 OTHER_CALLS = (
@@ -17,12 +17,12 @@ OTHER_CALLS = (
 )
 
 
-def part_of(delta: Tensor, step: StepCalls, call: Call, chosen: Tensor | None, batch: Any) -> Tensor | None:
+def part_of(delta: Tensor, shared: SharedCalls, call: Call, chosen: Tensor | None, batch: Any) -> Tensor | None:
     """The perturbation of one call, in its shape; None where there is none of it (layer drop).
 
     Args:
         delta: of all calls, stacked: (rows, positions, dimension).
-        step: knows the calls that it was made for.
+        shared: knows the calls that it was made for.
         call: the call.
         chosen: where given, the examples that `delta` is of; the others stay clean.
         batch: what the loss is computed on.
@@ -30,9 +30,9 @@ def part_of(delta: Tensor, step: StepCalls, call: Call, chosen: Tensor | None, b
     Raises:
         RuntimeError: `delta` was made for other calls, or other shapes.
     """
-    layout = step.layout or {}
+    layout = shared.layout or {}
     first = layout.get(call.key)
-    if step.stochastic and (first is None or len(delta) != sum(c.shape[0] for c in layout.values())):
+    if shared.stochastic and (first is None or len(delta) != sum(c.shape[0] for c in layout.values())):
         return None
     if first is None:
         raise RuntimeError(OTHER_CALLS)
@@ -41,7 +41,7 @@ def part_of(delta: Tensor, step: StepCalls, call: Call, chosen: Tensor | None, b
     part = parts[list(layout).index(call.key)]
     if chosen is not None:
         part = _among_all(part, chosen, examples_in(batch), call)
-    elif step.scope == "vocabulary":
+    elif shared.scope == "vocabulary":
         part = _following_ids(parts, part, earlier, call)
     if part.shape != call.shape:
         raise RuntimeError(

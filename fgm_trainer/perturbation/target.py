@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .calls import BARRIER, Draw, StepCalls
+from .calls import BARRIER, Draw, SharedCalls
 from .forward_pass import PerturbedForward
 from .hooks import Hook
 from .lookups import is_compiled
@@ -98,13 +98,13 @@ class Target:
         self._handles, self._sites, self.model, self.called, self._pass = [], [], None, None, None
         self.stochastic, self.expected, self.settled = False, set(), set()
 
-    def step_calls(self, scope: str, defers: bool = False) -> StepCalls:
+    def shared_calls(self, scope: str, defers: bool = False) -> SharedCalls:
         """What the passes of one micro-batch share."""
-        return StepCalls(scope, self._padding_id, self._pads_inside, self.clip, self.stochastic, defers)
+        return SharedCalls(scope, self._padding_id, self._pads_inside, self.clip, self.stochastic, defers)
 
-    def new_pass(self, step: StepCalls, delta: Tensor | Draw | None, **settings: Any) -> WatchedForward:
+    def new_pass(self, shared: SharedCalls, delta: Tensor | Draw | None, **settings: Any) -> WatchedForward:
         """A pass over this target (`PerturbedForward`)."""
-        return PerturbedForward(step, delta, **settings)
+        return PerturbedForward(shared, delta, **settings)
 
     def perturbed(self, forward_pass: WatchedForward) -> Perturbed:
         """A context: inside, the calls of the target that the pass's loss is made of are perturbed."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .calls import Call, StepCalls
+from .calls import Call, SharedCalls
 from .geometry import Units
 
 
@@ -40,7 +40,7 @@ class WatchedForward:
     """One forward pass of a model, and its backward pass: tells the calls that its loss is made of from all others.
 
     Args:
-        step: what it shares with the other passes of the micro-batch.
+        shared: what it shares with the other passes of the micro-batch.
         gradient: whether the gradient with respect to the perturbation is wanted.
         trains: whether weights get gradients from it.
 
@@ -53,8 +53,8 @@ class WatchedForward:
         handles: of the target's hooks, which are there for this pass alone.
     """
 
-    def __init__(self, step: StepCalls, *, gradient: bool = False, trains: bool = False) -> None:
-        self.step, self.wanted, self.trains = step, gradient, trains
+    def __init__(self, shared: SharedCalls, *, gradient: bool = False, trains: bool = False) -> None:
+        self.shared, self.takes_gradient, self.trains = shared, gradient, trains
         self.batch: Any = None
         self.losses = 0
         self.calls: list[Call] = []

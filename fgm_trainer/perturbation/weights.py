@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Draw, StepCalls, TargetCall
+from .calls import Draw, SharedCalls, TargetCall
 from .geometry import Segments, widen
 from .target import Site, Target
 from .watched import PerturbedTensor, WatchedForward
@@ -35,8 +35,8 @@ class Weights(Target):
     def __str__(self) -> str:
         return "'weights' (the model's weight matrices)"
 
-    def new_pass(self, step: StepCalls, delta: Tensor | Draw | None, **settings: Any) -> WatchedForward:
-        return _WeightPass(self._weights, step, delta, **settings)
+    def new_pass(self, shared: SharedCalls, delta: Tensor | Draw | None, **settings: Any) -> WatchedForward:
+        return _WeightPass(self._weights, shared, delta, **settings)
 
     def _end(self, forward_pass: WatchedForward) -> None:
         super()._end(forward_pass)
@@ -85,27 +85,27 @@ class _WeightPass(WatchedForward):
     def __init__(
         self,
         weights: Sequence[Tensor],
-        step: StepCalls,
+        shared: SharedCalls,
         delta: Tensor | Draw | None,
         *,
         chosen: Tensor | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(step, **settings)
+        super().__init__(shared, **settings)
         self._weights = weights
         sizes = tuple(w.numel() for w in weights)
         norms = torch.stack([torch.linalg.vector_norm(w.detach()) for w in weights])
         units = Segments(sizes=sizes, lengths=norms)
         if delta is not None and not isinstance(delta, Tensor):
             delta = delta(TargetCall(weights[0].new_zeros(sum(sizes)), units, None, 0, 0))
-        self.touches = self.wanted or delta is not None
+        self.touches = self.takes_gradient or delta is not None
         # Modules called with autograd and without.
         self._graded: set[nn.Module] = set()
         self._others: set[nn.Module] = set()
         self._leaves: list[Tensor] = []
         for weight, part in zip(weights, [None] * len(weights) if delta is None else delta.split(sizes), strict=True):
             own = torch.zeros_like(weight) if part is None else part.view_as(weight).to(weight.dtype)
-            self._leaves.append(own.detach().requires_grad_(self.wanted))
+            self._leaves.append(own.detach().requires_grad_(self.takes_gradient))
         self._tensor = _FlatWeights(self._leaves, units)
 
     @property

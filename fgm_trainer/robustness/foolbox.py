@@ -99,7 +99,7 @@ class _FromValue(nn.Module):
         return self._run(value)[1]
 
     def _run(self, value: Tensor | None) -> tuple[_Inserted, Any]:
-        inserted = _Inserted(self.place.step_calls("example"), value)
+        inserted = _Inserted(self.place.shared_calls("example"), value)
         with self.place.perturbed(inserted), inserted.loss_of(self._batch):
             outputs = self.__dict__["_called"](**self._batch)
         if len(inserted.seen) != 1:
@@ -110,8 +110,8 @@ class _FromValue(nn.Module):
 class _Inserted(PerturbedForward):
     """A forward pass in which a value stands in the place of the target's, but for padding."""
 
-    def __init__(self, step: Any, value: Tensor | None) -> None:
-        super().__init__(step)
+    def __init__(self, shared: Any, value: Tensor | None) -> None:
+        super().__init__(shared)
         self.seen: list[Tensor] = []
         self._value = value
 
@@ -119,7 +119,7 @@ class _Inserted(PerturbedForward):
         self.seen.append(value)
         if self._value is None:
             return value
-        padding = self.step.padding_of(value, ids, self.masks)
+        padding = self.shared.padding_of(value, ids, self.masks)
         inserted = self._value.to(value.dtype)
         return inserted if padding is None else torch.where(padding[..., None], value, inserted)
 
