@@ -101,7 +101,7 @@ class DemoArguments:
         default_factory=lambda: ["movies"],
         metadata={"help": "What to test on; `amazon` is another domain than in training.", "choices": list(SETS)},
     )
-    test_samples: int = field(default=400, metadata={"help": "Snippets of each test set to attack."})
+    test_samples: int = field(default=200, metadata={"help": "Snippets of each test set to attack."})
     text_samples: int = field(default=20, metadata={"help": "Movie snippets whose letters are changed; 0 for none."})
     clean_samples: int = field(default=1000, metadata={"help": "Snippets of each test set without attack."})
     test_epsilons: list[float] = field(
