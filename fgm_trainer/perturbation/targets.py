@@ -40,7 +40,6 @@ class EmbeddingOutput(Target):
     """
 
     scopes = SCOPES
-    ceiling = 0.05
 
     def __init__(self, module: str | None = None) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class InputTensor(Target):
         super().__init__()
         self.name = name
         # Pixels bear more than embeddings do.
-        self.ceiling = EmbeddingOutput.ceiling if name == "inputs_embeds" else 0.5
+        self.ceiling = Target.ceiling if name == "inputs_embeds" else 0.5
         self._may_ask: list[Any] = []
         self._askers: list[Any] = []
 
