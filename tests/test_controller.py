@@ -427,10 +427,11 @@ def test_a_resumed_run_is_bit_equal(tmp_path):
 
 
 def test_strength_follows_the_schedule():
-    at_once = trained(num_train_epochs=6)
-    shaped = trained(num_train_epochs=6, extra={"epsilon_schedule": lambda progress: 0.01})
+    # Not so strong that the limit of epsilon decides.
+    at_once = trained(num_train_epochs=6, adv_strength=0.5)
+    shaped = trained(num_train_epochs=6, adv_strength=0.5, extra={"epsilon_schedule": lambda progress: 0.01})
     assert max(shaped.epsilons) < 0.4 * max(at_once.epsilons)
-    rising = trained(num_train_epochs=6, adv_warmup=0.9)
+    rising = trained(num_train_epochs=6, adv_strength=0.5, adv_warmup=0.9)
     assert rising._run.controller._rise == 1
     assert sum(rising.epsilons) < sum(at_once.epsilons)
 
