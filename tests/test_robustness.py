@@ -373,3 +373,24 @@ def test_errors():
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         measure(NoLabelLoss(), data, [FGM()])
+
+
+class MergesInEval(torch.nn.Linear):
+    """As loralib's layers do: `train(False)` writes to the weight."""
+
+    def train(self, mode=True):
+        if not mode:
+            with torch.no_grad():
+                self.weight.add_(1.0)
+        return super().train(mode)
+
+
+def test_an_evaluation_calls_no_eval_that_writes_weights():
+    model, data = model_and_data(size=4)
+    old = model.classifier
+    model.classifier = MergesInEval(old.in_features, old.out_features).to(old.weight)
+    model.classifier.training = True
+    before = model.classifier.weight.detach().clone()
+    measure(model, data, [FGM()], (0.1,))
+    assert torch.equal(model.classifier.weight, before)
+    assert model.classifier.training
