@@ -186,6 +186,25 @@ def test_figures_are_those_of_their_definitions():
     assert defaults.entity_f1(np.zeros(5), labels) == 0
 
 
+def test_settings_are_chosen_on_rows_that_are_neither_trained_on_nor_the_test_set(tmp_path):
+    (tmp_path / "task").mkdir()
+    for part, first in (("train", 0), ("validation", 100)):
+        rows = [json.dumps({"sentence": str(first + i), "label": i % 2}) for i in range(10)]
+        (tmp_path / "task" / f"{part}.jsonl").write_text("\n".join(rows))
+    args = defaults.DefaultsArguments(data=str(tmp_path), clean_samples=4)
+
+    def numbers(name):
+        task = defaults.load_task(args, name, 5, lambda texts, **_: {"input_ids": [[int(text)] for text in texts]})
+        return [{row["input_ids"][0] for row in part} for part in (task.train, task.test)]
+
+    (train, chosen_on), (same, tested_on) = numbers("task:train"), numbers("task")
+    assert train == same
+    assert len(train) == 5
+    assert len(chosen_on) == len(tested_on) == 4
+    assert not train & chosen_on
+    assert max(chosen_on) < 100 <= min(tested_on)
+
+
 @pytest.mark.parametrize(
     ("kind", "found", "collapsed"),
     [
