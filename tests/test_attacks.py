@@ -24,7 +24,8 @@ from fgm_trainer.attacks import (
 )
 from fgm_trainer.perturbation.calls import TargetCall
 from fgm_trainer.perturbation.divergence import Against, divergence
-from fgm_trainer.perturbation.geometry import NORMS, SCOPES, Segments, Units, length, shared_entries
+from fgm_trainer.perturbation.geometry import NORMS, SCOPES, Units, length, shared_entries
+from fgm_trainer.perturbation.weights import Segments
 
 # awp perturbs weights: it has its own tests, and takes its place wherever a model is trained.
 INPUT_ATTACKS = sorted(name for name in ATTACKS if ATTACKS[name].default_target != "weights")

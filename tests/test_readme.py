@@ -9,7 +9,7 @@ from test_faults import examples, flags, tiny_bert
 from transformers import TrainingArguments
 
 from fgm_trainer import AdversarialTrainer
-from fgm_trainer.attacks import ATTACKS, base
+from fgm_trainer.attacks import ATTACKS, registry
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -35,9 +35,9 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
 def test_the_attack_of_contributing_trains(tmp_path, monkeypatch):
     guide = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
-    monkeypatch.setattr(base, "ATTACKS", ATTACKS | {})
+    monkeypatch.setattr(registry, "ATTACKS", ATTACKS | {})
     exec(block, {"__name__": "example"})
-    attack = base.ATTACKS["two_gradients"](epsilon=0.5, scope="example")
+    attack = registry.ATTACKS["two_gradients"](epsilon=0.5, scope="example")
     args = flags(tmp_path, TrainingArguments, max_steps=1)
     trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), attack=attack)
     trainer.train()

@@ -3,20 +3,8 @@
 import importlib
 import pkgutil
 
-from .base import (
-    ATTACKS,
-    AUTO,
-    Answer,
-    Attack,
-    Glance,
-    Iterated,
-    Look,
-    Train,
-    attack_class,
-    own_settings,
-    register,
-    run,
-)
+from .base import AUTO, Answer, Attack, Glance, Iterated, Look, Train, run
+from .registry import ATTACKS, attack_class, own_settings, register
 from .requests import ForwardPass, GradientPass, Memory, Passes, PassResult, Request, Step, Total, TrainPass
 
 for _module in pkgutil.iter_modules(__path__):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import register
+from .registry import register
 from .smart import SMART
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..perturbation.calls import TargetCall
 from ..perturbation.geometry import steepest_ascent, widen
-from .base import register
 from .partial_fgm import PartialFGM
+from .registry import register
 from .requests import Memory, Passes, PassResult, Step, Total, TrainPass
 
 _NO_IDS = "atta knows an example by its tokens: adv_target must be a token lookup."

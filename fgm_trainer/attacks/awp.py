@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..perturbation.geometry import Segments
-from .base import Attack, register
+from ..perturbation.weights import Segments
+from .base import Attack
+from .registry import register
 from .requests import Passes, Step, TrainPass
 
 

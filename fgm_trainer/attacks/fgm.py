@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Attack, register
+from .base import Attack
+from .registry import register
 from .requests import Passes, Step, TrainPass
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import register
 from .fgm import FGM
+from .registry import register
 
 
 @register("fgsm")

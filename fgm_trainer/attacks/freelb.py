@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..perturbation.calls import TargetCall
 from ..perturbation.geometry import project, uniform
-from .base import Iterated, register
+from .base import Iterated
+from .registry import register
 from .requests import Passes, Step, TrainPass
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..perturbation.geometry import sample
-from .base import Attack, register
+from .base import Attack
+from .registry import register
 from .requests import Passes, Step, TrainPass
 
 

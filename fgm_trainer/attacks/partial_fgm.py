@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from .base import Attack, register
+from .base import Attack
+from .registry import register
 from .requests import GradientPass, Passes, Step, TrainPass
 
 

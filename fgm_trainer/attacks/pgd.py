@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..perturbation.geometry import project, sample
-from .base import Iterated, register
+from .base import Iterated
+from .registry import register
 from .requests import GradientPass, Passes, PassResult, Step, TrainPass
 
 

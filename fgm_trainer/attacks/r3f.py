@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from ..perturbation.divergence import Against
 from ..perturbation.geometry import project, uniform
-from .base import Attack, register
+from .base import Attack
+from .registry import register
 from .requests import ForwardPass, Passes, Step, TrainPass
 
 

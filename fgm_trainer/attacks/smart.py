@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..perturbation.divergence import Against
 from ..perturbation.geometry import gaussian, project
-from .base import Iterated, register
+from .base import Iterated
+from .registry import register
 from .requests import ForwardPass, GradientPass, Memory, Passes, Step, Total, TrainPass
 
 

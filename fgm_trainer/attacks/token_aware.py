@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..perturbation.calls import TargetCall
 from ..perturbation.geometry import Units, ascent, project
-from .base import AUTO, Iterated, register
+from .base import AUTO, Iterated
 from .freelb import start_noise
+from .registry import register
 from .requests import Memory, Passes, PassResult, Step, Total, TrainPass
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 
 from ..attacks import Attack, ForwardPass, GradientPass, PassResult, Request, Step, TrainPass, run
 from ..perturbation.batches import cloned, examples_in, rows_of, versions_in
-from ..perturbation.calls import SharedCalls
+from ..perturbation.clipping import RangeCheck
 from ..perturbation.divergence import relabelled
 from ..perturbation.lookups import mean_embedding_norm
 from ..perturbation.target import Target
@@ -61,7 +61,7 @@ class Driver:
         self.device = next(engine.model.parameters()).device
         self._scope, self._observe = scope, observe
         self._defers = trains and target.clip is None and engine.defers
-        self._range = _RangeCheck(target, self.device)
+        self._range = RangeCheck(str(target), target.clip, self.device)
 
     def run(
         self, step: Step, batch: Any, run_pass: RunPass, given: Any = None, micro_batches: int | None = None
@@ -189,41 +189,6 @@ class _AttackedMicroBatch:
         result = running.result()
         self._driver._observe(result)
         return result
-
-
-class _RangeCheck:
-    """Whether clean values lie in the valid range of a target."""
-
-    def __init__(self, target: Target, device: torch.device) -> None:
-        self._target = target
-        # On a device the answer is waited for at the first batch alone.
-        self._waits = True
-        self._on_cpu = device.type == "cpu"
-        self._outside: Tensor | None = None
-
-    def note(self, calls: SharedCalls) -> None:
-        """Takes in what the calls of a micro-batch found."""
-        if not calls.outside:
-            return
-        flag, calls.outside = torch.stack(calls.outside).any(), []
-        self._outside = flag if self._outside is None else self._outside | flag
-        if self._on_cpu or self._waits:
-            self.check()
-
-    def check(self) -> None:
-        """Raises ValueError where a value was outside."""
-        flag, self._outside = self._outside, None
-        self._waits = self._waits and flag is None
-        if flag is None or not flag:
-            return
-        assert self._target.clip is not None
-        low, high = (bound.flatten()[0].item() for bound in self._target.clip)
-        raise ValueError(
-            f"adv_clip: clean values of {self._target} lie outside of the valid range, which is {low:.4g} to "
-            f"{high:.4g} (of the first channel). Were they normalised? Give the Trainer the processor that made "
-            "them (processing_class=...), so that the range is normalised too, or write the range that the model "
-            "is really given."
-        )
 
 
 def unit_of(name: str, model: nn.Module) -> float:

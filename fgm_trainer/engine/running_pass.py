@@ -45,7 +45,7 @@ class MicroBatch:
     run_pass: RunPass
     micro_batches: int | None
     reads_outputs: bool
-    check_range: Callable[[SharedCalls], None]
+    check_range: Callable[[list[Tensor]], None]
 
 
 class RunningPass:
@@ -163,7 +163,7 @@ class RunningPass:
             self._measuring = False
         if _with_gradient(self) > before:
             _refuse_own_backward(self)
-        shared.check_range(shared.calls)
+        shared.check_range(shared.calls.outside)
         loss, self.outputs = result if isinstance(result, tuple) else (result, None)
         differentiated = loss
         if self.reads_outputs:

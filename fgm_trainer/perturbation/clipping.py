@@ -64,3 +64,45 @@ def outside(value: Tensor, low: Tensor, high: Tensor, padding: Tensor | None) ->
 def within(moved: Tensor, clean: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The moved values, back in the range; an entry whose clean value is outside moves no further out."""
     return torch.minimum(torch.maximum(moved, torch.minimum(low, clean)), torch.maximum(high, clean))
+
+
+class RangeCheck:
+    """Whether the clean values of a target lie in its valid range.
+
+    Args:
+        name: what is perturbed, for the error.
+        clip: the valid range, or None for none.
+        device: where the model is.
+    """
+
+    def __init__(self, name: str, clip: tuple[Tensor, Tensor] | None, device: torch.device) -> None:
+        self._name, self._clip = name, clip
+        # On a device the answer is waited for at the first batch alone.
+        self._waits = True
+        self._on_cpu = device.type == "cpu"
+        self._outside: Tensor | None = None
+
+    def note(self, outside: list[Tensor]) -> None:
+        """Takes in, and empties, what the calls of a micro-batch found."""
+        if not outside:
+            return
+        flag = torch.stack(outside).any()
+        outside.clear()
+        self._outside = flag if self._outside is None else self._outside | flag
+        if self._on_cpu or self._waits:
+            self.check()
+
+    def check(self) -> None:
+        """Raises ValueError where a value was outside; waits for the device."""
+        flag, self._outside = self._outside, None
+        self._waits = self._waits and flag is None
+        if flag is None or not flag:
+            return
+        assert self._clip is not None
+        low, high = (bound.flatten()[0].item() for bound in self._clip)
+        raise ValueError(
+            f"adv_clip: clean values of {self._name} lie outside of the valid range, which is {low:.4g} to "
+            f"{high:.4g} (of the first channel). Were they normalised? Give the Trainer the processor that made "
+            "them (processing_class=...), so that the range is normalised too, or write the range that the model "
+            "is really given."
+        )

@@ -117,33 +117,6 @@ class Units:
         return tuple(range(first, values.dim()))
 
 
-@dataclass(frozen=True)
-class Segments(Units):
-    """Units of a flat vector: its parts, one after the other, such as the weights of a model, one unit a tensor.
-
-    Args:
-        sizes: the number of entries of each part.
-        lengths: the Euclidean norm of what each part perturbs, (parts,): a step can be made relative to it.
-    """
-
-    scope: str = "tensor"
-    sizes: tuple[int, ...] = ()
-    lengths: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        pass
-
-    def count(self, values: Tensor) -> Tensor:
-        return self.spread(widen(values).new_tensor(self.sizes))
-
-    def spread(self, each: Tensor) -> Tensor:
-        """One value a part, (parts,), as one value an entry."""
-        return torch.cat([value.expand(size) for value, size in zip(each, self.sizes, strict=True)])
-
-    def norms(self, values: Tensor, order: float) -> Tensor:
-        return self.spread(torch.stack([torch.linalg.vector_norm(v, order) for v in values.split(self.sizes)]))
-
-
 def shared_entries(ids: Tensor, padding: Tensor | None, size: int) -> Tensor:
     """For every position a flat position that holds the same id, the same one for all of them.
 

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calls import Draw, SharedCalls, TargetCall
-from .geometry import Segments, widen
+from .geometry import Units, widen
 from .target import Site, Target
 from .watched import PerturbedTensor, WatchedForward
 
 # The weights of one module, each by its name there and its place among all.
 Own = list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Segments(Units):
+    """Units of a flat vector: its parts, one after the other, such as the weights of a model, one unit a tensor.
+
+    Args:
+        sizes: the number of entries of each part.
+        lengths: the Euclidean norm of what each part perturbs, (parts,): a step can be made relative to it.
+    """
+
+    scope: str = "tensor"
+    sizes: tuple[int, ...] = ()
+    lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        pass
+
+    def count(self, values: Tensor) -> Tensor:
+        return self.spread(widen(values).new_tensor(self.sizes))
+
+    def spread(self, each: Tensor) -> Tensor:
+        """One value a part, (parts,), as one value an entry."""
+        return torch.cat([value.expand(size) for value, size in zip(each, self.sizes, strict=True)])
+
+    def norms(self, values: Tensor, order: float) -> Tensor:
+        return self.spread(torch.stack([torch.linalg.vector_norm(v, order) for v in values.split(self.sizes)]))
 
 
 class Weights(Target):
