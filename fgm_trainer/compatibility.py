@@ -14,10 +14,11 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attacks import AUTO, Attack
-from .engine.accelerate import Engine
+from .engine.accelerate import FSDP1, Engine
 from .perturbation.lookups import input_embedding, is_compiled
 from .perturbation.target import Target
 from .perturbation.targets import find_target
+from .perturbation.weights import is_weights
 
 _STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 _STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
@@ -36,7 +37,7 @@ def refuse(trainer: Any, model: nn.Module | None, attack: Attack, target: str | 
     problems = [*_of_the_arguments(trainer, attack, target), *_of_the_engine(trainer)]
     if model is not None:
         problems = [*_of_the_model(model, attack, target, epsilon_unit), *problems]
-        if attack.needs_whole_weights or target == "weights":
+        if attack.needs_whole_weights or is_weights(target):
             problems += _raised_by(lambda: Engine(trainer.accelerator, model, model).refuse_spread_weights(attack.name))
     if problems:
         raise ValueError("\n".join(["Adversarial training can't start:", *map("- ".__add__, problems)]))
@@ -62,7 +63,7 @@ def _of_the_arguments(trainer: Any, attack: Attack, target: str | Target) -> Ite
     if getattr(args, "adv_recover", False) and attack.epsilon == AUTO:
         yield "adv_recover lowers a fixed adv_epsilon, and 'auto' recovers anyway: leave it out, or give adv_epsilon."
     compiled = args.torch_compile or (trainer.model is not None and is_compiled(trainer.model))
-    if target == "weights" and compiled:
+    if is_weights(target) and compiled:
         yield "adv_target='weights' can't be compiled: leave torch_compile out."
     optimizer = str(getattr(args.optim, "value", args.optim))
     given = type(trainer.optimizer).__name__ if trainer.optimizer is not None else ""
@@ -77,11 +78,15 @@ def _of_the_arguments(trainer: Any, attack: Attack, target: str | Target) -> Ite
         yield f"{twice[0]} counts its training steps, so running a step's passes twice breaks it."
     checkpointing = getattr(args, "gradient_checkpointing_kwargs", None) or {}
     reentrant = checkpointing.get("use_reentrant", _reentrant_by_default())
-    if args.gradient_checkpointing and reentrant and (attack.looks or attack.clean_weight == 0):
+    if args.gradient_checkpointing and reentrant and _takes_gradient_passes(attack):
         yield (
             f"{attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
             "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+
+
+def _takes_gradient_passes(attack: Attack) -> bool:
+    return attack.looks or attack.clean_weight == 0 or attack.targeted is not None
 
 
 def _of_the_engine(trainer: Trainer) -> Iterator[str]:
@@ -98,6 +103,9 @@ def _of_the_engine(trainer: Trainer) -> Iterator[str]:
             "which would take its norm over a part and draw its own noise. Spread the batch instead: DDP, FSDP2 "
             "or DeepSpeed ZeRO."
         )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if trainer.accelerator.distributed_type == DistributedType.FSDP and getattr(plugin, "fsdp_version", 2) == 1:
+        yield FSDP1
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED and not _deepspeed_can_wait():
         yield (
             "With DeepSpeed this release of accelerate steps the optimizer in every backward pass, the clean one "

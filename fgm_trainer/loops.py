@@ -20,6 +20,7 @@ from .in_place import FGM, check_epsilon
 from .perturbation.batches import examples_in, without_column
 from .perturbation.target import Target
 from .perturbation.targets import find_target
+from .perturbation.weights import is_weights
 
 __all__ = ["FGM", "Adversary"]
 
@@ -74,7 +75,8 @@ class Adversary:
         target = target or attack.default_target
         self._target = find_target(target, inner)
         engine = Engine(accelerator, model, inner)
-        if attack.needs_whole_weights or target == "weights":
+        engine.refuse_flat_weights()
+        if attack.needs_whole_weights or is_weights(self._target):
             engine.refuse_spread_weights(attack.name)
         self._unit = unit_of(epsilon_unit, inner)
         self._target.attach(inner, model)

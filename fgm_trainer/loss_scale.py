@@ -78,7 +78,10 @@ class LossScale:
                 trainer.compute_loss(model, trainer._prepare_inputs(copied(batch)), num_items_in_batch=number)
                 for number in (1, 2, None)
             )
-        if not one.isfinite() or one == 0:
-            # A batch without a label says nothing.
-            return []
-        return [(mean / one).item() if torch.allclose(one, two, rtol=1e-3) else None]
+        says = bool(one.isfinite() and one != 0)
+        ratio = float(mean / one) if says and torch.allclose(one, two, rtol=1e-3) else 0.0
+        # Together: where weights are spread, all processes must make equally many forward passes.
+        found = torch.tensor([says, ratio != 0, ratio], dtype=torch.float32, device=one.device)
+        known, means, ratios = trainer.accelerator.reduce(found, "sum").tolist()
+        # A batch without a label says nothing.
+        return [] if not known else [ratios / means if means else None]

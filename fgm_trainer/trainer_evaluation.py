@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .engine.accelerate import bare, whole_copies
+from .perturbation.weights import is_weights
 from .plan import Plan
 from .robustness import RobustnessReport, evaluate_embedder, evaluate_robustness
 from .robustness.embedders import is_embedder
@@ -46,7 +47,7 @@ def evaluate_trainer(trainer: Any, plan: Plan, dataset: Any, **kwargs: Any) -> R
     parts: dict[str, Any] = {
         "batch_size": args.eval_batch_size,
         # A model that was trained on perturbed weights is evaluated on perturbed inputs.
-        "target": None if plan.target == "weights" else plan.target,
+        "target": None if is_weights(plan.target) else plan.target,
         "epsilon_unit": plan.epsilon_unit,
         "clip": plan.clip,
         "accelerator": trainer.accelerator if whole_copies(model, trainer.accelerator) else None,

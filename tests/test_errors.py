@@ -1,12 +1,17 @@
 """Every refusal says what is wrong, what was found and what to write instead, before anything is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from test_faults import examples, flags, same, tiny_bert, weights
 from test_trainer import CHECKPOINTING
 from transformers import HfArgumentParser, Trainer
 
 from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainerMixin, AdversarialTrainingArguments
+from fgm_trainer.compatibility import _of_the_engine
+from fgm_trainer.perturbation.weights import Weights
 from fgm_trainer.trainer import AdversarialTrainer as Direct
 
 BAD_FLAGS = [
@@ -130,6 +135,36 @@ def test_reentrant_checkpointing_with_look_passes(tmp_path):
     )
 
 
+def test_reentrant_checkpointing_with_a_targeted_attack(tmp_path):
+    refused(
+        tmp_path,
+        "Adversarial training can't start:\n- 'fgm' takes gradients with respect to the perturbation alone",
+        adv_targeted="1",
+        **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
+    )
+
+
+def test_weights_as_an_object_are_refused_as_by_name(tmp_path):
+    for target in ("weights", Weights()):
+        args = flags(tmp_path, torch_compile=True, adv_method="awp")
+        trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), target=target)
+        with pytest.raises(ValueError, match="adv_target='weights' can't be compiled"):
+            trainer.train()
+
+
+@pytest.mark.parametrize(("version", "says"), [(1, "- FSDP1 keeps weights flat"), (2, None)])
+def test_fsdp1(tmp_path, monkeypatch, version, says):
+    """accelerate has no FSDP on CPU, so a Trainer is told that it runs on it."""
+    trainer = AdversarialTrainer(model=tiny_bert(), args=flags(tmp_path), train_dataset=examples())
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.FSDP)
+    monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", SimpleNamespace(fsdp_version=version))
+    if says is None:
+        assert list(_of_the_engine(trainer)) == []
+        return
+    with pytest.raises(ValueError, match=says):
+        trainer.train()
+
+
 def test_a_trainer_that_counts_its_steps(tmp_path):
     class GRPOTrainer(Direct):
         """Only the name matters."""
@@ -145,7 +180,6 @@ def test_an_example_split_over_processes(tmp_path):
 
 
 def test_deepspeed_with_an_accelerate_that_steps_in_every_backward_pass(tmp_path, monkeypatch):
-    from accelerate.utils import DistributedType
     from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
     def pretend(trainer):

@@ -103,6 +103,25 @@ def test_xlnet_with_positions_first(tmp_path):
     assert trainer.state.log_history[0]["adv_delta_norm"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("target", ["transformer", "transformer.layer.0", "transformer.word_embedding"])
+@pytest.mark.parametrize("length", [4, 8])
+def test_xlnet_gives_examples_first_on_its_way_out(target, length):
+    """As many positions as examples would hide which is which."""
+    model, ids = xlnet(), torch.arange(4 * length).view(4, length) % 40 + 5
+    moved = []
+    model.get_submodule(target).register_forward_hook(lambda m, args, output: moved.append(first_of(output).detach()))
+    adversary = Adversary(model, FGM(epsilon=0.5, scope="example"), target=target)
+    adversary.backward({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])})
+    clean, attacked = moved
+    examples_at = 0 if target == "transformer" else 1
+    norms = (attacked - clean).transpose(0, examples_at).flatten(1).norm(dim=1)
+    assert norms.tolist() == pytest.approx([0.5] * 4)
+
+
+def first_of(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for the old name
 def test_modules_to_save_is_attacked(tmp_path):
     peft = pytest.importorskip("peft", reason="an extra of the tests")

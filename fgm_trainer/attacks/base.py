@@ -111,8 +111,8 @@ class Attack:
 
     @property
     def needs_whole_weights(self) -> bool:
-        """Whether weights must not be spread over processes."""
-        return self.default_target == "weights"
+        """Whether weights must not be spread over processes, whatever the target."""
+        return False
 
     def new_memory(self, seed: int) -> Memory | None:
         """What the attack keeps between the optimizer steps of a run; None for nothing."""

@@ -1,4 +1,4 @@
-"""What accelerate, DeepSpeed, FSDP and gradient scalers need of a step with several passes. Nothing else knows them."""
+"""What accelerate, DeepSpeed, FSDP and gradient scalers need of a step with several passes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..perturbation.lookups import is_sharded
+
+FSDP1 = (
+    "FSDP1 keeps weights flat, where a module can't be called by itself. Use FSDP2: fsdp_version=2 of accelerate's "
+    "plugin, fsdp_config={'fsdp_version': 2} of TrainingArguments, or torch's fully_shard."
+)
 
 
 def bare(model: nn.Module, accelerator: Any) -> nn.Module:
@@ -92,6 +97,11 @@ class Engine:
         Not under engines that reduce the gradients of every pass: they expect each weight's in each of them.
         """
         return self._kind not in ("DEEPSPEED", "FSDP") and not any(map(is_sharded, self.model.parameters()))
+
+    def refuse_flat_weights(self) -> None:
+        """Raises ValueError under FSDP1."""
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in self.wrapped.modules()):
+            raise ValueError(FSDP1)
 
     def refuse_spread_weights(self, name: str) -> None:
         """Raises ValueError where weights or their gradients are spread over processes; `name` needs them whole."""

@@ -117,7 +117,7 @@ def input_embedding(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no token lookup at get_input_embeddings(), so adv_target='word_embeddings' "
             "means nothing here. Name a module path or an input tensor, such as adv_target='pixel_values'. (loops.FGM "
-            "moves rows of a lookup; raw.Adversary takes any such target.)"
+            "moves rows of a lookup; loops.Adversary takes any such target.)"
         )
     listed = [f"{path or type(m).__name__} ({_size_of(m)})" for path, m in candidates.items()]
     more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""

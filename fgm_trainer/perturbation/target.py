@@ -55,7 +55,8 @@ class Target:
         self._handles: list[Any] = []
         self._pass: WatchedForward | None = None
         self._padding_id: int | None = None
-        self._positions_first = self._pads_inside = False
+        self._positions_first: set[nn.Module] = set()
+        self._pads_inside = False
 
     def resolve_scope(self, scope: str | None, preferred: str) -> str:
         """The scope to use: the one asked for, else the preferred one where it exists here, else the target's first.
@@ -79,9 +80,10 @@ class Target:
             called: what the forward passes call, wrappers included: only `torch.compile`'s tells of itself.
         """
         self.detach()
-        # XLNet computes on (positions, examples, dimension).
+        # XLNet computes on (positions, examples, dimension) inside.
+        outer = [m for m in model.modules() if type(m).__name__ == "XLNetModel"]
+        self._positions_first = {inner for m in outer for inner in m.modules() if inner is not m}
         config = getattr(model, "config", None)
-        self._positions_first = getattr(config, "model_type", None) == "xlnet"
         self._pads_inside = hasattr(config, "attention_window") or hasattr(config, "block_size")
         self._sites = [(site, Hook(site.call)) for site in self._find(model)]
         self.model, self.called = model, called
@@ -97,6 +99,7 @@ class Target:
             handle.remove()
         self._handles, self._sites, self.model, self.called, self._pass = [], [], None, None, None
         self.stochastic, self.expected, self.settled = False, set(), set()
+        self._positions_first = set()
 
     def shared_calls(self, scope: str, defers: bool = False) -> SharedCalls:
         """What the passes of one micro-batch share."""
@@ -148,7 +151,7 @@ class Target:
 
     def _perturb(self, module: nn.Module, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
         assert isinstance(self._pass, PerturbedForward)
-        if not self._positions_first:
+        if module not in self._positions_first:
             return self._pass.perturb(module, value, ids, vocabulary_size)
         ids = None if ids is None else ids.transpose(0, 1)
         return self._pass.perturb(module, value.transpose(0, 1), ids, vocabulary_size).transpose(0, 1)

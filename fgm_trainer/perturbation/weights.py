@@ -102,6 +102,11 @@ class Weights(Target):
                 module.__dict__[name] = seen.moved(index, module._parameters.get(name))
 
 
+def is_weights(target: str | Target) -> bool:
+    """Whether `adv_target` means the model's weights."""
+    return target == "weights" or isinstance(target, Weights)
+
+
 def _put_back(own: Own, module: nn.Module, *rest: Any) -> None:
     for name, _ in own:
         module.__dict__.pop(name, None)
