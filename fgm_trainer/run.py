@@ -44,7 +44,7 @@ class AttackedRun:
         self.driver: Driver | None = None
         self.figures = RunFigures(trainer, plan.schedule)
         self._position, self._scale = _Position(trainer), LossScale(trainer)
-        self._checked_batch = False
+        self._checked_batch = self._attacked_any = False
         self.state = RunState(trainer, plan)
 
     @property
@@ -71,6 +71,8 @@ class AttackedRun:
         driver, kept = self._attached(model)
         if self._position.next() == 0:
             self.state.settle(driver)
+        if not self._checked_batch and (said := self.plan.schedule.remark(progress.max_steps)):
+            logger.warning(said)
         if factor == 0 and self._checked_batch:
             return self._noted_clean(driver, kept, stock(model, inputs), inputs)
         run_pass = functools.partial(make_pass, self._trainer, stock)
@@ -98,7 +100,7 @@ class AttackedRun:
             labels = _labels_in(inputs, self._trainer)
             scale = self._scale.of(driver.engine.model, inputs, passes)
             controller.observe(passes, labels, factor, of_losses=scale, of_divergences=micro_batches)
-        kept.due = True
+        kept.due = self._attacked_any = True
         for counter in self.counters:
             counter.value += 1
         self.figures.note(passes)
@@ -173,6 +175,8 @@ class AttackedRun:
 
     def end(self) -> None:
         """Training is over."""
+        if self.plan.attacks and self._checked_batch and not self._attacked_any:
+            logger.warning("No step was attacked: adv_start or epsilon_schedule left epsilon at 0 all the time.")
         kept = self.state.kept
         said = None if kept is None else self.plan.attack.remark(kept.memory)
         if said:

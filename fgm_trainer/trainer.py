@@ -41,7 +41,8 @@ class AdversarialTrainerMixin(_Base):
 
     Args:
         attack: the attack, where `args` has no `adv_*` flags or leaves those of the attack at their defaults.
-            Without one the flags describe it; with plain `TrainingArguments` it is `FGM(epsilon=1.0)`.
+            Without one the flags describe it; with plain `TrainingArguments` it is `FGM(epsilon=1.0)`. There an
+            attack's fixed epsilon counts from the first step on; with `adv_*` flags it rises over `adv_warmup`.
         target: what is perturbed, in place of `args.adv_target`.
         epsilon_schedule: what epsilon is multiplied by, as a function of training progress from 0 to 1; 0 for no
             attack. In place of `args.adv_start` and `args.adv_warmup`.
@@ -144,7 +145,8 @@ class AdversarialTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log`; the lines of training get the attack's figures as well."""
-        if "loss" in logs and "learning_rate" in logs and self._run.plan.attacks:
+        # setfit's loss has a name of its own.
+        if "learning_rate" in logs and any(name.endswith("loss") for name in logs) and self._run.plan.attacks:
             logs = self._run.with_figures(logs)
         super().log(logs, *args, **kwargs)
         show(self, logs)

@@ -7,6 +7,7 @@ import gc
 import math
 import tempfile
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -349,6 +350,35 @@ def test_a_script_as_it_is(world):
     assert patched.steps == 2
     _, trainer = step(TRAINERS["trl `SFTTrainer`"], world, None)
     assert "adv_loss" not in trainer.state.log_history[0]
+
+
+def fit_few_shots(world, **flags):
+    """setfit's phases on eight texts, with flags adversarial: what its inner trainer logged first, and its model."""
+    import setfit
+
+    import fgm_trainer
+
+    gc.collect()
+    with fgm_trainer.patch(**flags) if flags else nullcontext():
+        model = setfit.SetFitModel.from_pretrained(str(world / "encoder"), device="cpu")
+        args = setfit.TrainingArguments(
+            output_dir=str(world / "out"), batch_size=4, max_steps=1, logging_steps=1, report_to="none", seed=0
+        )
+        data = Dataset.from_list([{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)])
+        trainer = setfit.Trainer(model=model, args=args, train_dataset=data)
+        trainer.train()
+    return trainer.st_trainer.state.log_history[0], model
+
+
+def test_the_embedding_phase_of_setfit(world):
+    plain, _ = fit_few_shots(world)
+    assert "adv_loss" not in plain
+    twice, _ = fit_few_shots(world, adv_epsilon=1e-8, adv_warmup=0.0, adv_scope="example")
+    assert twice["grad_norm"] == pytest.approx(2 * plain["grad_norm"], rel=1e-4)
+    attacked, model = fit_few_shots(world, adv_epsilon=0.01, adv_warmup=0.0, adv_scope="example")
+    assert attacked["adv_loss"] > attacked["embedding_loss"]
+    assert attacked["adv_delta_norm"] == pytest.approx(0.01, rel=1e-3)
+    assert len(model.predict(TEXTS)) == len(TEXTS)
 
 
 # The page -------------------------------------------------------------------------------------------------------------

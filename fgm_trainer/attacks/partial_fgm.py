@@ -55,6 +55,8 @@ class PartialFGM(Attack):
         return replace(self, share=1.0)
 
     def passes(self, step: Step) -> Passes:
+        if not step.examples:
+            return TrainPass()
         draw = random.Random(step.seed)
         # Rounded up or down by chance, so that small batches have the share as well.
         count = max(1, int(step.examples * self.share + draw.random()))

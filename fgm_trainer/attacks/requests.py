@@ -123,7 +123,9 @@ class Memory(Protocol):
     """
 
     def settle(self, model: nn.Module, total: Total) -> None:
-        """Before an attacked optimizer step, where one was made since the last call; also before the first of a run.
+        """Between two optimizer steps, where the former was attacked; also before the first of a run.
+
+        Not before the first step after a checkpoint was loaded: what it makes of the model belongs into `state_dict`.
 
         Args:
             model: inside every wrapper.

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.stateless import _reparametrize_module
 
 from ..attacks import Attack, ForwardPass, GradientPass, PassResult, Request, Step, TrainPass, run
@@ -200,13 +201,15 @@ def unit_of(name: str, model: nn.Module) -> float:
 
 @contextmanager
 def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, batch norms keep their running statistics."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    tracked = [m.track_running_stats for m in norms]
+    """Inside, norms of batches and of instances keep their running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training]
+    before = [(m.track_running_stats, m.momentum) for m in norms]
     try:
         for module in norms:
-            module.track_running_stats = False
+            # An instance norm computes its statistics whatever that says, and adds none of them to the running ones.
+            module.momentum = 0.0 if isinstance(module, _InstanceNorm) else module.momentum
+            module.track_running_stats = isinstance(module, _InstanceNorm) and module.track_running_stats
         yield
     finally:
-        for module, flag in zip(norms, tracked, strict=True):
-            module.track_running_stats = flag
+        for module, (flag, momentum) in zip(norms, before, strict=True):
+            module.track_running_stats, module.momentum = flag, momentum

@@ -50,6 +50,16 @@ class Schedule:
         rise = in_steps(self.warmup, total)
         return 1.0 if since >= rise else (since + 1) / rise
 
+    def remark(self, total: int) -> str | None:
+        """What does not fit into `total` optimizer steps; None where all does."""
+        first, rise = in_steps(self.start, total), in_steps(self.warmup, total)
+        if first >= total:
+            return f"adv_start={self.start:g} lies beyond the end of training ({total} steps): nothing is attacked."
+        if first + rise > total:
+            last = self.factor(total - 1 - (total - 1 - first) % self.every, total)
+            return f"adv_warmup={self.warmup:g} lasts longer than training ({total} steps): epsilon ends at {last:.0%}."
+        return None
+
     def warm(self, total: int) -> int:
         """The first optimizer step at which epsilon has its full size."""
         return in_steps(self.start, total) + in_steps(self.warmup, total)

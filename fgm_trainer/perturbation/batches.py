@@ -96,9 +96,9 @@ def rows_of(batch: Any, chosen: Tensor, size: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[chosen.to(batch.device)] if batch.dim() and batch.shape[0] == size else batch
     if isinstance(batch, Mapping):
-        for name in INPUT_TENSORS:
-            value = batch.get(name)
-            if isinstance(value, Tensor) and value.shape[0] != size:
+        for name, value in batch.items():
+            is_input = name in INPUT_TENSORS or str(name).startswith("pixel_values")
+            if is_input and isinstance(value, Tensor) and value.shape[0] != size:
                 raise ValueError(
                     f"A part of the batch can be attacked where every input has one row an example; {name!r} has "
                     f"{value.shape[0]} rows for {size} examples. Choose a method that attacks them all, such as "

@@ -61,14 +61,17 @@ class Against:
 
 
 def logits_of(outputs: Any, noted: Sequence[Tensor] = ()) -> Outputs:
-    """The logits among a model's outputs: those named so, else the first tensor of floats that is no single number.
+    """The logits among a model's outputs.
+
+    By name those with `logits` in it, else with `score`; without a name the first tensor of floats that is no single
+    number, as Trainer has it. One that is alone may have any name.
 
     Args:
         outputs: what the loss comes with.
         noted: what `embeddings_noted` has, which counts where the loss comes with nothing.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or several tensors of which none is named so.
     """
     named = outputs if isinstance(outputs, Mapping) else dict(enumerate(outputs or ()))
     tensors = {
@@ -76,7 +79,15 @@ def logits_of(outputs: Any, noted: Sequence[Tensor] = ()) -> Outputs:
         for k, v in named.items()
         if isinstance(v, Tensor) and v.is_floating_point() and v.dim() and k != "loss"
     }
-    logits = [v for k, v in tensors.items() if k.endswith("logits")] or list(tensors.values())[:1] or list(noted)
+    by_name = [[v for k, v in tensors.items() if word in k] for word in ("logits", "score")]
+    alone = list(tensors.values())[:1]
+    logits = by_name[0] or by_name[1] or alone or list(noted)
+    if len(tensors) > 1 and logits is alone and isinstance(outputs, Mapping):
+        raise ValueError(
+            f"This method compares logits, and none of the model's outputs is named so: {', '.join(tensors)}. Let the "
+            "model or compute_loss name them `logits`, or choose a method that compares nothing, such as "
+            "adv_method='fgm'."
+        )
     if not logits:
         raise ValueError(
             "This method compares the model's outputs, and there are none beside the loss. Let compute_loss(..., "

@@ -44,7 +44,7 @@ class EmbeddingOutput(Target):
     def __init__(self, module: str | None = None) -> None:
         super().__init__()
         self.module = module
-        self._inside_encoder = True
+        self._inside_encoder, self._before_encoder = True, False
 
     def __str__(self) -> str:
         return f"'{self.module or 'word_embeddings'}' (the input token lookup)"
@@ -67,24 +67,43 @@ class EmbeddingOutput(Target):
             encoder, lookups = encoder_of(model), input_lookups(model)
         # Position and type ids look up as well, and their 0 is no padding.
         self._padding_id = padding_id_of(model) if tokens else None
-        self._inside_encoder = encoder is None
-        around = [] if encoder is None else [Site(encoder, True, self._enter), Site(encoder, False, self._leave)]
+        self._inside_encoder, around = encoder is None, []
+        if encoder is not None:
+            # Prompt tuning and BLIP-2 look tokens up themselves, and give the encoder embeddings.
+            lookups = shared_lookups(model, lookups[0]) or lookups
+            start = Site(model, True, self._start)
+            around = [start, Site(encoder, True, self._enter), Site(encoder, False, self._leave)]
         return [*around, *self._masks_around(model, set(lookups)), *(Site(m, False, self._on_lookup) for m in lookups)]
 
+    def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._before_encoder = True
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._inside_encoder = True
+        self._inside_encoder, self._before_encoder = True, False
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._inside_encoder = False
 
-    def _on_lookup(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        if self._pass is None or not self._inside_encoder or output is None:
+    def _on_lookup(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._pass is None or output is None:
             return None
         ids = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not v.is_floating_point())
-        if ids.shape != output.shape[:-1]:
+        if not (self._inside_encoder or (self._before_encoder and self._is_input(ids))):
+            return None
+        if isinstance(output, tuple):
+            # I-BERT's comes with a scale.
+            return (self._perturb_rows(module, output[0], ids), *output[1:])
+        return self._perturb_rows(module, output, ids)
+
+    def _perturb_rows(self, module: nn.Module, rows: Tensor, ids: Tensor) -> Tensor:
+        if ids.shape != rows.shape[:-1]:
             # A bag of words: its output is of no one token.
-            return self._perturb(module, output)
-        return self._perturb(module, output, ids, vocabulary_size_of(module))
+            return self._perturb(module, rows)
+        return self._perturb(module, rows, ids, vocabulary_size_of(module))
+
+    def _is_input(self, ids: Tensor) -> bool:
+        batch = None if self._pass is None else self._pass.batch
+        return isinstance(batch, Mapping) and ids is batch.get("input_ids")
 
 
 class ModuleOutput(Target):
