@@ -11,7 +11,7 @@ from .engine.accelerate import AllProcesses
 from .engine.driver import Driver
 from .engine.guessing import GuessingLoss, guessing_of
 from .engine.kept import Kept
-from .loss_scale import is_the_models_own
+from .loss_reduction import is_the_models_own
 from .plan import Plan
 
 # Beside the Trainer's own files of a checkpoint.

@@ -137,10 +137,10 @@ class Adversary:
             loss: Tensor = result[0] if isinstance(result, tuple) else result
             engine.backward(loss)
             return loss.detach()
-        shared = self._accelerator
+        accelerator = self._accelerator
         if self._steps_next:
-            self._kept.settle(engine.model, AllProcesses(shared))
-        self._steps_next = shared is None or shared.sync_gradients
+            self._kept.settle(engine.model, AllProcesses(accelerator))
+        self._steps_next = accelerator is None or accelerator.sync_gradients
         if self._target.model is not engine.model:
             # Another loop may have taken it.
             self._target.attach(engine.model, self._model)
@@ -160,7 +160,7 @@ class Adversary:
 
     def _next_seed(self) -> int:
         """Differs by micro-batch over all processes: N processes draw as accumulation over N does."""
-        shared = self._accelerator
-        rank, world = (0, 1) if shared is None else (shared.process_index, shared.num_processes)
+        accelerator = self._accelerator
+        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         batch, self._count = self._count * world + rank, self._count + 1
         return hash((self._seed, batch)) % 2**63

@@ -125,9 +125,9 @@ class RunFigures:
         logs = {**logs, **self._window.close(trainer.accelerator)}
         if epsilon is not None:
             logs["adv_epsilon"] = epsilon
-        history, shared = state.log_history, trainer.accelerator
         if "loss" in logs:
-            self.watch.see(logs["loss"], state.global_step, self._schedule, state.max_steps, history, shared)
+            run = state.global_step, self._schedule, state.max_steps, state.log_history, trainer.accelerator
+            self.watch.see(logs["loss"], *run)
         if not math.isfinite(logs.get("adv_loss", 0.0)):
             logger.warning(f"The adversarial loss is {logs['adv_loss']} in the steps up to {state.global_step}.")
         return logs

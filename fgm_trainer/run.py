@@ -16,7 +16,7 @@ from .engine.controller import EpsilonController
 from .engine.driver import Driver, unit_of
 from .engine.kept import Kept
 from .engine.running_pass import RunPass, reported_loss
-from .loss_scale import LossScale
+from .loss_reduction import LossReduction
 from .metrics import RunFigures
 from .perturbation.batches import examples_in, without_column
 from .perturbation.targets import find_target
@@ -43,7 +43,7 @@ class AttackedRun:
         self._trainer, self.plan = trainer, plan
         self.driver: Driver | None = None
         self.figures = RunFigures(trainer, plan.schedule)
-        self._position, self._scale = _Position(trainer), LossScale(trainer)
+        self._position, self._reduction = _Position(trainer), LossReduction(trainer)
         self._checked_batch = self._attacked_any = False
         self.state = RunState(trainer, plan)
 
@@ -92,13 +92,13 @@ class AttackedRun:
         self, driver: Driver, kept: Kept, factor: float, inputs: Any, given: Any, run_pass: RunPass
     ) -> Tensor:
         self.figures.begin(self._position.index == 0)
-        controller, micro_batches = kept.controller, self._scale.micro_batches
+        controller, micro_batches = kept.controller, self._reduction.micro_batches
         epsilon: Any = factor * float(driver.attack.epsilon) if controller is None else controller.epsilon
         step = Step(epsilon, self._position.seed(), kept.memory, examples_in(inputs))
         passes = driver.run(step, inputs, run_pass, given, micro_batches)
         if controller is not None:
             labels = _labels_in(inputs, self._trainer)
-            scale = self._scale.of(driver.engine.model, inputs, passes)
+            scale = self._reduction.of(driver.engine.model, inputs, passes)
             controller.observe(passes, labels, factor, of_losses=scale, of_divergences=micro_batches)
         kept.due = self._attacked_any = True
         for counter in self.counters:
@@ -108,7 +108,7 @@ class AttackedRun:
 
     def _noted_clean(self, driver: Driver, kept: Kept, loss: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         if kept.controller is not None:
-            scale = self._scale.of(driver.engine.model, inputs)
+            scale = self._reduction.of(driver.engine.model, inputs)
             kept.controller.observe_clean(loss.detach() * scale, _labels_in(inputs, self._trainer))
             kept.due = True
         return loss

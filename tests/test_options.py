@@ -13,6 +13,7 @@ from fgm_trainer import AWP, FGM, PGD, SMART, VAT, AdversarialTrainer, FreeLB, T
 from fgm_trainer.checkpoint import STATE_FILE
 from fgm_trainer.engine.kept import Kept
 from fgm_trainer.perturbation.lookups import mean_embedding_norm
+from fgm_trainer.perturbation.target import Site, Target
 
 
 def trained(path, attack=None, data=None, model=None, **settings):
@@ -163,6 +164,30 @@ def test_a_pattern_perturbs_several_modules_each_by_its_own_gradient():
                     weight -= 0.1 * weight.grad
     assert distance(ours, theirs) < 1e-9
     assert distance(weights(model), ours) > 1e-3
+
+
+class Values(Target):
+    """What the second layer's attention makes values of, as docs/architecture.md has a target of one's own."""
+
+    def find_sites(self, model):
+        module = model.bert.encoder.layer[1].attention.self.value
+        return [*self.mask_sites(model, {module}), Site(module, False, self.on_values)]
+
+    def on_values(self, module, args, kwargs, output):
+        return self.perturb(module, output)
+
+
+def test_a_target_of_ones_own(tmp_path):
+    found = {}
+    for target in ("bert.encoder.layer.1.attention.self.value", Values()):
+        args = flags(tmp_path, adv_scope="token")
+        trainer = AdversarialTrainer(model=tiny_bert(), args=args, train_dataset=examples(), target=target)
+        trainer.train()
+        found[str(type(target))] = trainer.model.state_dict(), trainer.state.log_history[0]["adv_delta_ratio"]
+    (by_path, ratio), (own, own_ratio) = found.values()
+    assert ratio == own_ratio > 0
+    for name, value in by_path.items():
+        assert torch.equal(own[name], value)
 
 
 def test_a_star_does_not_reach_across_a_dot(tmp_path):

@@ -24,7 +24,7 @@ LAYERS = [
     "plan",
     "cards",
     "trainer_pass",
-    "loss_scale",
+    "loss_reduction",
     "checkpoint",
     "trainer_evaluation",
     "run",

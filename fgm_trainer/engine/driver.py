@@ -116,7 +116,7 @@ class _AttackedMicroBatch:
     def __init__(self, driver: Driver, shared: MicroBatch, batch: Any, given: Any) -> None:
         self._driver, self._shared, self._batch, self._given = driver, shared, batch, given
         # A loss may write to its tensors; the next pass shall see what this one saw.
-        self._kept, self._versions = cloned(batch), versions_in(batch)
+        self._original, self._versions = cloned(batch), versions_in(batch)
         self.passes: list[RunningPass] = []
         self._masks = Masks(driver.device, driver.same_dropout)
 
@@ -124,7 +124,7 @@ class _AttackedMicroBatch:
     def batch(self) -> Any:
         """The batch as the step was given it."""
         if versions_in(self._batch) != self._versions:
-            self._batch = cloned(self._kept)
+            self._batch = cloned(self._original)
             self._versions = versions_in(self._batch)
         return self._batch
 

@@ -85,7 +85,7 @@ class Target:
         self._positions_first = {inner for m in outer for inner in m.modules() if inner is not m}
         config = getattr(model, "config", None)
         self._pads_inside = hasattr(config, "attention_window") or hasattr(config, "block_size")
-        self._sites = [(site, Hook(site.call)) for site in self._find(model)]
+        self._sites = [(site, Hook(site.call)) for site in self.find_sites(model)]
         self.model, self.called = model, called
         if is_compiled(model if called is None else called):
             # Code compiled earlier, for this model or for another of its shape, does not know of hooks registered now,
@@ -126,8 +126,45 @@ class Target:
         """Why a forward pass on this batch may not have reached the target."""
         return f"The forward pass never reached the target {self}: nothing would be perturbed."
 
-    def _find(self, model: nn.Module) -> list[Site]:
+    # For subclasses ---------------------------------------------------------------------------------------------------
+
+    def find_sites(self, model: nn.Module) -> list[Site]:
+        """Where the hooks go in the unwrapped `model`; raises ValueError if the target is not there."""
         raise NotImplementedError
+
+    def perturb(self, module: nn.Module, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
+        """What goes on through the model in place of `value`; to be called by the hooks.
+
+        Args:
+            module: what was called.
+            value: (rows, positions, dimension), or (rows, ...) where there are no tokens.
+            ids: int64, (rows, positions), where `module` looked tokens up.
+            vocabulary_size: more than the largest id.
+        """
+        if not isinstance(self._pass, PerturbedForward):
+            return value
+        if module not in self._positions_first:
+            return self._pass.perturb(module, value, ids, vocabulary_size)
+        ids = None if ids is None else ids.transpose(0, 1)
+        return self._pass.perturb(module, value.transpose(0, 1), ids, vocabulary_size).transpose(0, 1)
+
+    def mask_sites(self, model: nn.Module, inside: set[nn.Module]) -> list[Site]:
+        """Hooks that tell padding: they read the masks of the modules around `inside`, the innermost's last.
+
+        They go in front of the target's own. The mask of the batch would not do: two towers have one each, R-Drop
+        doubles it, a decoder has its own.
+        """
+        sites = []
+        for module in model.modules():
+            if inside.isdisjoint(module.modules()):
+                continue
+            places = list(inspect.signature(module.forward).parameters)
+            if "attention_mask" in places:
+                read = functools.partial(self._on_masked_call, places.index("attention_mask"))
+                sites += [Site(module, True, read), Site(module, False, self._after_masked_call)]
+        return sites
+
+    # Hooks ------------------------------------------------------------------------------------------------------------
 
     def _register(self) -> list[Any]:
         # Before other hooks: what they make of a lookup's output, they make of its perturbed rows, too.
@@ -148,28 +185,6 @@ class Target:
         for handle in forward_pass.handles:
             handle.remove()
         forward_pass.handles = []
-
-    def _perturb(self, module: nn.Module, value: Tensor, ids: Tensor | None = None, vocabulary_size: int = 0) -> Tensor:
-        assert isinstance(self._pass, PerturbedForward)
-        if module not in self._positions_first:
-            return self._pass.perturb(module, value, ids, vocabulary_size)
-        ids = None if ids is None else ids.transpose(0, 1)
-        return self._pass.perturb(module, value.transpose(0, 1), ids, vocabulary_size).transpose(0, 1)
-
-    def _masks_around(self, model: nn.Module, inside: set[nn.Module]) -> list[Site]:
-        """Where the attention mask is read with which the modules around `inside` are called, the innermost's last.
-
-        The mask of the batch would not do: two towers have one each, R-Drop doubles it, a decoder has its own.
-        """
-        sites = []
-        for module in model.modules():
-            if inside.isdisjoint(module.modules()):
-                continue
-            places = list(inspect.signature(module.forward).parameters)
-            if "attention_mask" in places:
-                read = functools.partial(self._on_masked_call, places.index("attention_mask"))
-                sites += [Site(module, True, read), Site(module, False, self._after_masked_call)]
-        return sites
 
     def _on_masked_call(self, place: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._pass is not None:

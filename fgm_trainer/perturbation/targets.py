@@ -58,7 +58,7 @@ class EmbeddingOutput(Target):
             )
         return super().unreached(batch) + " Name the module that looks the tokens up, as adv_target='path.to.module'."
 
-    def _find(self, model: nn.Module) -> list[Site]:
+    def find_sites(self, model: nn.Module) -> list[Site]:
         encoder, tokens = None, True
         if self.module is not None:
             lookups = [find_module(model, self.module)]
@@ -73,7 +73,7 @@ class EmbeddingOutput(Target):
             lookups = shared_lookups(model, lookups[0]) or lookups
             start = Site(model, True, self._start)
             around = [start, Site(encoder, True, self._enter), Site(encoder, False, self._leave)]
-        return [*around, *self._masks_around(model, set(lookups)), *(Site(m, False, self._on_lookup) for m in lookups)]
+        return [*around, *self.mask_sites(model, set(lookups)), *(Site(m, False, self._on_lookup) for m in lookups)]
 
     def _start(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._before_encoder = True
@@ -98,8 +98,8 @@ class EmbeddingOutput(Target):
     def _perturb_rows(self, module: nn.Module, rows: Tensor, ids: Tensor) -> Tensor:
         if ids.shape != rows.shape[:-1]:
             # A bag of words: its output is of no one token.
-            return self._perturb(module, rows)
-        return self._perturb(module, rows, ids, vocabulary_size_of(module))
+            return self.perturb(module, rows)
+        return self.perturb(module, rows, ids, vocabulary_size_of(module))
 
     def _is_input(self, ids: Tensor) -> bool:
         batch = None if self._pass is None else self._pass.batch
@@ -121,21 +121,21 @@ class ModuleOutput(Target):
     def __str__(self) -> str:
         return f"'{self.module}' (a module's output)"
 
-    def _find(self, model: nn.Module) -> list[Site]:
+    def find_sites(self, model: nn.Module) -> list[Site]:
         modules = find_modules(model, self.module)
         self.expected = set(modules)
-        return [*self._masks_around(model, self.expected), *(Site(m, False, self._on_output) for m in modules)]
+        return [*self.mask_sites(model, self.expected), *(Site(m, False, self._on_output) for m in modules)]
 
     def _on_output(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._pass is None or output is None:
             return None
         if isinstance(output, Tensor):
-            return self._perturb(module, output)
+            return self.perturb(module, output)
         if isinstance(output, tuple) and isinstance(output[0], Tensor):
-            return (self._perturb(module, output[0]), *output[1:])
+            return (self.perturb(module, output[0]), *output[1:])
         if isinstance(output, Mapping):
             name = next(k for k, v in output.items() if isinstance(v, Tensor))
-            output[name] = self._perturb(module, output[name])  # type: ignore[index]  # a ModelOutput
+            output[name] = self.perturb(module, output[name])  # type: ignore[index]  # a ModelOutput
             return output
         raise TypeError(
             f"adv_target {self.module!r} returns {type(output).__name__}, in which there is no tensor first. "
@@ -161,14 +161,14 @@ class InputTensor(Target):
     def __str__(self) -> str:
         return f"'{self.name}' (an input tensor)"
 
-    def _find(self, model: nn.Module) -> list[Site]:
+    def find_sites(self, model: nn.Module) -> list[Site]:
         # Wav2Vec2's kind asks its input for gradients, which only a tensor without a history can be asked for. The
         # perturbation asks already.
         self._may_ask = [m for m in model.modules() if isinstance(vars(m).get("_requires_grad"), bool)]
         places = list(inspect.signature(model.forward).parameters)
         place = places.index(self.name) if self.name in places else len(places)
         call = functools.partial(self._on_call, place)
-        return [*self._masks_around(model, {model}), Site(model, True, call)]
+        return [*self.mask_sites(model, {model}), Site(model, True, call)]
 
     def _begin(self, forward_pass: WatchedForward) -> None:
         super()._begin(forward_pass)

@@ -72,7 +72,7 @@ class Weights(Target):
         for module, own in self._readers:
             _put_back(own, module)
 
-    def _find(self, model: nn.Module) -> list[Site]:
+    def find_sites(self, model: nn.Module) -> list[Site]:
         places = [
             (module, name, weight)
             for module in model.modules()

@@ -22,7 +22,7 @@ def is_the_models_own(trainer: Any) -> bool:
     return stock and getattr(trainer, "compute_loss_func", None) is None and trainer.label_smoother is None
 
 
-class LossScale:
+class LossReduction:
     """What reported losses are multiplied by, so that their mean over the micro-batches of all processes is the step's.
 
     `Trainer` divides a loss by the number of micro-batches, or leaves that to a model that takes `num_items_in_batch`,
