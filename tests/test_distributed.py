@@ -190,11 +190,12 @@ def test_weights_equal_those_of_one_process_that_accumulates(engine, part, reque
 @pytest.mark.parametrize("engine", marked(TRAINERS))
 def test_what_is_remembered_of_a_row_is_known_on_every_process(engine):
     one = accumulating(engine, again(engine))
-    for result in ranks_of(engine, again(engine)):
-        # Signs are remembered: an entry that is zero but for rounding has one or the other.
-        assert largest_difference(result["weights"], one["weights"]) < 1e-4
     partial = accumulating(engine, again(engine) | {"adv_method": "partial_fgm"})
-    assert largest_difference(one["weights"], partial["weights"]) > 1e-3
+    effect = largest_difference(one["weights"], partial["weights"])
+    assert effect > 1e-3
+    for result in ranks_of(engine, again(engine)):
+        # Signs are remembered, and an entry that is zero but for rounding has one or the other.
+        assert largest_difference(result["weights"], one["weights"]) < 0.25 * effect
 
 
 @pytest.mark.parametrize("case", [FOUND, AS_IT_COMES], ids=["divided", "as it comes"])
