@@ -194,7 +194,7 @@ def test_what_is_remembered_of_a_row_is_known_on_every_process(engine):
     effect = largest_difference(one["weights"], partial["weights"])
     assert effect > 1e-3
     for result in ranks_of(engine, again(engine)):
-        # Signs are remembered, and an entry that is zero but for rounding has one or the other.
+        # Signs are remembered: rounding may turn that of an entry near zero, as it does with transformers 4.46.
         assert largest_difference(result["weights"], one["weights"]) < 0.25 * effect
 
 
