@@ -48,10 +48,9 @@ from demo import GROUP_BY_LENGTH, by_length
 from reviews import load_reviews, pretrained_model
 
 from fgm_trainer import AdversarialTrainer, AdversarialTrainingArguments
-from fgm_trainer.attacks import PGD, Step
+from fgm_trainer.attacks import PGD
 from fgm_trainer.engine.driver import unit_of
-from fgm_trainer.perturbation.targets import find_target
-from fgm_trainer.robustness.passes import evaluating, passes_of
+from fgm_trainer.robustness import attack_batch
 
 LISTED: dict[str, Any] = {"nargs": "+"}
 
@@ -221,7 +220,7 @@ def new_model(name: str, task: Task) -> nn.Module:
     """The encoder with a new head."""
     transformers.logging.set_verbosity_error()
     of = AutoModelForTokenClassification if task.kind == "tags" else AutoModelForSequenceClassification
-    folder = pretrained_model() if name in ("minilm", "random") else name
+    folder = folder_of(name)
     if name != "random":
         named = {"id2label": dict(enumerate(task.tags))} if task.tags else {}
         return of.from_pretrained(folder, num_labels=task.outputs, **named)
@@ -230,19 +229,20 @@ def new_model(name: str, task: Task) -> nn.Module:
     return of.from_config(BertConfig(vocab_size=vocabulary, num_labels=task.outputs, **sizes))
 
 
+def folder_of(model: str) -> str:
+    """Where a model's files are; `random` has MiniLM's tokens."""
+    return str(pretrained_model()) if model in ("minilm", "random") else model
+
+
 def measure(args: DefaultsArguments, model: nn.Module, task: Task, collate: Any) -> dict[str, Any]:
     """Clean and robust figures, and whether the model says the same of everything."""
     model.eval()
-    clean = answers(model, batches(task.test, collate), lambda batch: model(**batch).logits)
+    with torch.no_grad():
+        clean = answers(model, batches(task.test, collate), lambda batch: model(**batch).logits)
     length = args.attack_length * unit_of("embedding", model)
-    target, attack = find_target("word_embeddings", model), PGD(steps=10, scope="example")
-
-    def attacked(batch: dict[str, Tensor]) -> Tensor:
-        step = Step(length, 0, examples=len(batch["labels"]))
-        return passes_of(model, target, batch, attack, step, "example")[-1].outputs.logits
-
-    with evaluating(model, target):
-        robust = answers(model, batches(task.test[: args.attacked_samples], collate), attacked)
+    attack = PGD(epsilon=length, steps=10)
+    attacked = batches(task.test[: args.attacked_samples], collate)
+    robust = answers(model, attacked, lambda batch: attack_batch(model, batch, attack).outputs.logits)
     figures = {"clean": task.figure(*clean), "robust": task.figure(*robust)}
     return figures | {"length": length, "collapsed": collapsed(task, *clean)}
 
@@ -257,8 +257,7 @@ def answers(model: nn.Module, data: Iterator[dict], logits_of: Callable[[dict], 
     """Predictions and labels, one a row or tagged word."""
     found, labels = [], []
     for batch in data:
-        with torch.no_grad():
-            logits = logits_of(batch).detach()
+        logits = logits_of(batch).detach()
         prediction = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
         keep = batch["labels"] != -100
         found.append(prediction[keep].numpy())
@@ -326,7 +325,6 @@ def main() -> None:
     if args.tables:
         return tables(known(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(pretrained_model())
     grid = product(
         args.seeds,
         args.models,
@@ -344,6 +342,7 @@ def main() -> None:
         run = Run(model, name, rows, batch, rate, seed, method, "" if plain else epsilon, kept)
         if any(asdict(run).items() <= line.items() for line in known(path)):
             continue
+        tokenizer = AutoTokenizer.from_pretrained(folder_of(model))
         task = load_task(args, name, rows, tokenizer)
         collate = (DataCollatorForTokenClassification if task.kind == "tags" else DataCollatorWithPadding)(tokenizer)
         trained, said = train(args, run, task, tokenizer, collate)

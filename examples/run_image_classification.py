@@ -6,7 +6,7 @@ Debian's package dataset-fashion-mnist.
 
 Units: every epsilon (`--adv_epsilon`, `--test_epsilons`) is in the units of the tensor that the model sees, after
 normalisation. A step of e in pixels from 0 to 1 is one of e / image_std there: with the default image_std of 0.5 an
-epsilon of 0.2 is 0.1 in pixels. The table shows both. `--adv_clip` alone is in pixels before normalisation; the image
+epsilon of 0.2 is 0.1 in pixels. `--adv_clip` alone is in pixels before normalisation; the image
 processor says what that is for the model.
 """
 
@@ -17,7 +17,6 @@ import gzip
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,23 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 from machine import versions
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     HfArgumentParser,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    default_data_collator,
     set_seed,
 )
 
-from fgm_trainer import FGSM, PGD, AdversarialTrainer, AdversarialTrainingArguments, Attack, Noise
-from fgm_trainer.loops import Adversary
-from fgm_trainer.perturbation.clipping import valid_range
-from fgm_trainer.robustness import RobustnessReport
+from fgm_trainer import FGSM, PGD, AdversarialTrainer, AdversarialTrainingArguments, Attack, Noise, valid_range
+from fgm_trainer.robustness import RobustnessReport, attack_batch, print_robustness
 
 try:
     from transformers import ViTImageProcessorPil as ViTImageProcessor
@@ -130,45 +125,23 @@ class Images:
         return Images(self.pixels[:count], self.labels[:count])
 
 
-@dataclass
-class Seen:
-    """The lowest and the highest value that reached the models, over all passes of training and evaluation."""
-
-    low: float = math.inf
-    high: float = -math.inf
-    passes: int = 0
-
-    def watch(self, model: nn.Module) -> None:
-        """Looks at whatever enters the model's first layer."""
-        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-        first.register_forward_pre_hook(self._note)
-
-    def _note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        low, high = args[0].detach().aminmax()
-        self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
-        self.passes += 1
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The whole script. Returns what it writes into `image_results.json`."""
-    start = time.perf_counter()
     images_args, args = parse_arguments(argv)
     train, test = load_images(images_args)
     processor = make_processor(images_args)
     train_set, test_set = encode(processor, train), encode(processor, test)
-    seen = Seen()
     trainers: dict[str, AdversarialTrainer] = {}
     reports: dict[str, RobustnessReport] = {}
     for name in MODELS:
         print(f"\n{name}: training on {len(train_set)} images", flush=True)
-        trainers[name] = train_model(images_args, with_attack(args, name), processor, train_set, test_set, seen)
+        trainers[name] = train_model(images_args, with_attack(args, name), processor, train_set, test_set)
         print(f"{name}: under attack on {len(test_set)} images", flush=True)
         reports[name] = trainers[name].evaluate_robustness(
             attacks=attacks_to_try(images_args), epsilons=images_args.test_epsilons
         )
-    folder = Path(args.output_dir)
-    plot_examples(images_args, args, trainers, test_set, folder / "examples.png")
-    return write_results(images_args, args, reports, seen, time.perf_counter() - start)
+    plot_examples(images_args, args, trainers, test_set)
+    return write_results(images_args, args, reports)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ImageArguments, Training]:
@@ -262,14 +235,16 @@ def with_attack(args: Training, name: str) -> Training:
 
 
 def train_model(
-    images_args: ImageArguments, args: Training, processor: Any, train_set: Any, test_set: Any, seen: Seen
+    images_args: ImageArguments, args: Training, processor: Any, train_set: Any, test_set: Any
 ) -> AdversarialTrainer:
     """Trains one model from scratch, and saves it."""
     set_seed(args.seed)
-    model = new_model(images_args)
-    seen.watch(model)
     trainer = AdversarialTrainer(
-        model=model, args=args, train_dataset=train_set, eval_dataset=test_set, processing_class=processor
+        model=new_model(images_args),
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=test_set,
+        processing_class=processor,
     )
     trainer.train()
     trainer.save_model()
@@ -294,181 +269,68 @@ def new_model(args: ImageArguments) -> nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=side, patch_size=patch, **sizes, **classes))
 
 
-# Attacks --------------------------------------------------------------------------------------------------------------
-
-
-def attacks_to_try(args: ImageArguments, epsilon: float = 1.0) -> list[Attack]:
-    """The control, and attacks stronger than the one in training; no entry moves further than epsilon."""
-    return [
-        Noise(epsilon=epsilon, norm="linf"),
-        FGSM(epsilon=epsilon),
-        PGD(epsilon=epsilon, norm="linf", steps=args.test_steps, random_start=True),
-    ]
-
-
-def attacked(model: nn.Module, batch: dict[str, Tensor], attack: Attack, clip: Any) -> Tensor:
-    """The adversarial examples, as the model sees them in the last pass."""
-    model.eval()
-    adversary = Adversary(model, attack, target="pixel_values", clip=clip)
-    passes: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        passes.append(kwargs["pixel_values"].detach())
-
-    # Registered after the adversary's own hook, so it sees what that one made.
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        adversary.backward(batch)
-    finally:
-        handle.remove()
-        adversary.close()
-        model.zero_grad()
-    return passes[-1]
-
-
-@torch.no_grad()
-def predicted(model: Any, pixel_values: Tensor) -> list[int]:
-    """The model's classes, without dropout."""
-    model.eval()
-    found: list[int] = model(pixel_values=pixel_values).logits.argmax(-1).tolist()
-    return found
-
-
 # What comes out -------------------------------------------------------------------------------------------------------
 
 
+def attacks_to_try(args: ImageArguments) -> list[Attack]:
+    """The control, and attacks stronger than the one in training; no entry moves further than epsilon."""
+    return [Noise(norm="linf"), FGSM(), PGD(norm="linf", steps=args.test_steps, random_start=True)]
+
+
 def plot_examples(
-    images_args: ImageArguments, args: Training, trainers: dict[str, AdversarialTrainer], test_set: Any, path: Path
+    images_args: ImageArguments, args: Training, trainers: dict[str, AdversarialTrainer], test_set: Any
 ) -> None:
-    """The first test images: clean, and for each model perturbation, adversarial example and prediction."""
+    """The first test images: clean, and for each model what PGD changes, what comes out, and what the model says."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = DATASETS[images_args.dataset][0]
-    mean, std = images_args.image_mean, images_args.image_std
-    count = min(images_args.shown, len(test_set))
-    _, *attacks = attacks_to_try(images_args, args.adv_epsilon)
-    figure = Figure(figsize=(1.05 * 9, 1.2 * count + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(count, 9, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    batch = default_data_collator(test_set[: images_args.shown])
+    columns = {"clean": (batch["pixel_values"], None)}
+    attack = PGD(epsilon=args.adv_epsilon, norm="linf", steps=images_args.test_steps, random_start=True)
+    for name, trainer in trainers.items():
+        clip = args.adv_clip and valid_range(args.adv_clip, trainer.processing_class)
+        found = attack_batch(trainer.model, batch, attack, target="pixel_values", clip=clip)
+        columns[f"{name}: change"] = (found.delta, None)
+        columns[f"{name}: image"] = (found.inputs["pixel_values"], found.outputs.logits.argmax(-1).tolist())
 
-    def show(row: int, column: int, image: Tensor, said: Sequence[int] = (), **colours: Any) -> None:
-        axis = axes[row, column]
-        axis.imshow(image.float().cpu().numpy(), **colours)
-        for i, found in enumerate(said):
-            axis.text(
-                (i + 0.5) / len(said), -0.03, names[found], transform=axis.transAxes, fontsize=7, ha="center", va="top",
-                color="green" if found == test_set[row]["labels"] else "red",
-            )  # fmt: skip
-
-    pixels = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0}
+    std, count = images_args.image_std, len(batch["labels"])
     limit = args.adv_epsilon * std
-    on_clean: list[list[int]] = []
-    for m, (name, trainer) in enumerate(trainers.items()):
-        model: Any = trainer.model
-        device = next(model.parameters()).device
-        batch = {
-            "pixel_values": torch.stack([e["pixel_values"] for e in test_set[:count]]).to(device),
-            "labels": torch.tensor([e["labels"] for e in test_set[:count]], device=device),
-        }
-        clip = None if args.adv_clip is None else valid_range(args.adv_clip, trainer.processing_class)
-        clean = batch["pixel_values"]
-        on_clean.append(predicted(model, clean))
-        for a, attack in enumerate(attacks):
-            found = attacked(model, batch, attack, clip)
-            said = predicted(model, found)
-            column = 1 + 4 * m + 2 * a
-            label = f"{attack.name}-{attack.steps}" if isinstance(attack, PGD) else attack.name
-            axes[0, column].set_title(f"{name}\n{label}: change", fontsize=8)
-            axes[0, column + 1].set_title(f"{name}\n{label}: image", fontsize=8)
-            for row in range(count):
-                change = std * (found - clean)[row, 0]
-                show(row, column, change, cmap="coolwarm", vmin=-limit, vmax=limit)
-                show(row, column + 1, mean + std * found[row, 0], [said[row]], **pixels)
-    for row in range(count):
-        show(row, 0, mean + std * test_set[row]["pixel_values"][0], [said[row] for said in on_clean], **pixels)
-    axes[0, 0].set_title("clean\nplain, adversarial", fontsize=8)
-    figure.suptitle(
-        f"{images_args.dataset}: no pixel moves by more than {limit:g}; below an image its prediction, green if right",
-        fontsize=9,
+    figure = Figure(figsize=(1.2 * len(columns), 1.2 * count + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    for column, (title, (values, said)) in enumerate(columns.items()):
+        axes[0, column].set_title(title, fontsize=7)
+        for row, axis in enumerate(axes[:, column]):
+            pixels = std * values[row, 0].float().cpu().numpy()
+            axis.set(xticks=[], yticks=[])
+            if "change" in title:
+                axis.imshow(pixels, cmap="coolwarm", vmin=-limit, vmax=limit)
+                continue
+            axis.imshow(pixels + images_args.image_mean, cmap="gray", vmin=0, vmax=1)
+            if said is not None:
+                colour = "green" if said[row] == batch["labels"][row] else "red"
+                axis.set_xlabel(DATASETS[images_args.dataset][0][said[row]], color=colour, fontsize=7, labelpad=1)
+    figure.suptitle(f"{images_args.dataset}: PGD moves no pixel by more than {limit:g}; green: right", fontsize=8)
+    figure.savefig(Path(args.output_dir) / "examples.png", dpi=120)
+
+
+def write_results(images_args: ImageArguments, args: Training, reports: dict[str, RobustnessReport]) -> dict[str, Any]:
+    """Prints the table, and writes settings, versions and every figure beside the picture."""
+    print_robustness(reports)
+    print(
+        "Epsilon is the largest change of a value of the model's input, after normalisation: in pixels from 0 to 1, "
+        f"epsilon times {images_args.image_std:g}.\nAdversarial: {args.adv_method}, norm {args.adv_norm}, epsilon "
+        f"{args.adv_epsilon:g}. All figures, the picture and both models are in {args.output_dir}."
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-
-
-def write_results(
-    images_args: ImageArguments, args: Training, reports: dict[str, RobustnessReport], seen: Seen, seconds: float
-) -> dict[str, Any]:
-    """Prints the table; writes it and all figures into the output folder, where the picture is."""
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = results(images_args, args, reports, seen, seconds)
-    (folder / "image_results.json").write_text(json.dumps(found, indent=2) + "\n")
-    with (folder / "table.md").open("w", encoding="utf-8") as file:
-        Console(file=file, width=120).print(table(images_args, reports, box.MARKDOWN))
-    console = Console()
-    console.print(table(images_args, reports), note(images_args, args, reports, seen, seconds), sep="\n")
-    for name in ("table.md", "examples.png", "image_results.json", *MODELS):
-        console.print(f"  {folder / name}")
-    return found
-
-
-def table(args: ImageArguments, reports: dict[str, RobustnessReport], style: box.Box = box.SIMPLE_HEAD) -> Table:
-    """Accuracy in percent: a row for every attack and epsilon, a column for every model."""
-    grid = Table(box=style)
-    grid.add_column("attack")
-    for name in ("epsilon", "in pixels", *reports):
-        grid.add_column(name, justify="right")
-    first = next(iter(reports.values()))
-    grid.add_row(f"clean ({first.examples})", "", "", *(f"{100 * r.clean:.1f}" for r in reports.values()))
-    for attack in first.scores:
-        for i, epsilon in enumerate(first.epsilons):
-            cells = [f"{100 * r.scores[attack][i]:.1f}" for r in reports.values()]
-            grid.add_row(attack, f"{epsilon:g}", f"{epsilon * args.image_std:g}", *cells)
-    return grid
-
-
-def note(
-    images_args: ImageArguments, args: Training, reports: dict[str, RobustnessReport], seen: Seen, seconds: float
-) -> str:
-    """What one has to know to read the table."""
-    examples = next(iter(reports.values())).examples
-    return (
-        f"Accuracy in percent on {images_args.dataset}, seed {args.seed}; one figure's standard error is at most "
-        f"{50 / examples**0.5:.1f}.\n"
-        "Epsilon is the largest change of a value of the model's input, after normalisation; in pixels it is epsilon "
-        f"times {images_args.image_std:g}.\n"
-        f"Adversarial: {args.adv_method}, norm {args.adv_norm}, epsilon {args.adv_epsilon:g}, warm-up "
-        f"{args.adv_warmup:g}.\n"
-        f"In all {seen.passes} passes of training and evaluation the models saw values from {seen.low:g} to "
-        f"{seen.high:g}; valid are {' to '.join(f'{v:g}' for v in bounds(images_args, args))}.\n"
-        f"{seconds:.0f} seconds in all. Written:"
-    )
-
-
-def bounds(images_args: ImageArguments, args: Training) -> list[float]:
-    """The valid range of the model's input; nothing where there is none."""
-    if args.adv_clip is None:
-        return []
-    return [bound.item() for bound in valid_range(args.adv_clip, make_processor(images_args))]
-
-
-def results(
-    images_args: ImageArguments, args: Training, reports: dict[str, RobustnessReport], seen: Seen, seconds: float
-) -> dict[str, Any]:
-    """Settings, versions, seconds and every figure, as plain data."""
     shown = ("seed", "num_train_epochs", "per_device_train_batch_size", "learning_rate")
     attack = {name: value for name, value in vars(args).items() if name in shown or name.startswith("adv_")}
-    return {
+    found = {
         "settings": asdict(images_args) | attack,
-        "seconds": round(seconds, 1),
-        "threads": torch.get_num_threads(),
         "versions": versions(),
-        "values": {**asdict(seen), "valid": bounds(images_args, args)},
         "models": {name: report.to_dict() for name, report in reports.items()},
     }
+    (Path(args.output_dir) / "image_results.json").write_text(json.dumps(found, indent=2) + "\n")
+    return found
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from .attacks import (
     TokenAware,
     register,
 )
+from .perturbation.clipping import valid_range
 
 if TYPE_CHECKING:
     from .arguments import AdversarialArguments, AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
@@ -51,6 +52,7 @@ __all__ = [
     "TokenAware",
     "patch",
     "register",
+    "valid_range",
 ]
 
 _LAZY = {

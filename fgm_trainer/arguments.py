@@ -132,6 +132,10 @@ class AdversarialArguments:
             parent()
         for name, value in GIVEN.items():
             setattr(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Brings the flags into their types. Raises ValueError, one message with every flag that is wrong."""
         problems: list[str] = []
         if isinstance(self.adv_kwargs, str):
             try:
@@ -174,6 +178,19 @@ class AdversarialTrainingArguments(AdversarialArguments, TrainingArguments):
 @dataclass
 class AdversarialSeq2SeqTrainingArguments(AdversarialArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` and the adversarial flags."""
+
+
+def flags_of(args: Any) -> AdversarialArguments | None:
+    """The adversarial flags of training arguments, checked again, as they may have been set one by one; None without.
+
+    Raises:
+        ValueError: one message with every flag that is wrong.
+    """
+    if isinstance(args, AdversarialArguments):
+        args.check()
+        return args
+    names = [f.name for f in fields(AdversarialArguments)]
+    return AdversarialArguments(**{n: getattr(args, n) for n in names}) if hasattr(args, names[0]) else None
 
 
 def as_number(value: Any) -> Any:

@@ -21,7 +21,11 @@ from .perturbation.targets import find_target
 from .perturbation.weights import is_weights
 
 _STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
-_STEPS_TWICE = ("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer")
+# Where `_generates` does not show it.
+_STEPS_TWICE = (
+    "GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "PPOTrainer", "A2POTrainer", "AsyncGRPOTrainer",
+    "AsyncDistillationTrainer", "SDFTTrainer", "SDPOTrainer", "IWOPDTrainer",
+)  # fmt: skip
 
 
 def refuse(trainer: Any, model: nn.Module | None, attack: Attack, target: str | Target, epsilon_unit: str) -> None:
@@ -73,9 +77,12 @@ def _of_the_arguments(trainer: Any, attack: Attack, target: str | Target) -> Ite
             "change the weights before the adversarial one. Choose an optimizer that steps afterwards, such as "
             "optim='adamw_torch'."
         )
-    twice = [c.__name__ for c in type(trainer).__mro__ if c.__name__ in _STEPS_TWICE]
-    if twice:
-        yield f"{twice[0]} counts its training steps, so running a step's passes twice breaks it."
+    if twice := steps_twice(type(trainer)):
+        yield (
+            f"{twice[0]} counts its training steps or generates the texts that it trains on, and a step has several "
+            "passes: each would be counted, or train on other texts. Train with a trainer of given data, such as SFT "
+            "or DPO."
+        )
     checkpointing = getattr(args, "gradient_checkpointing_kwargs", None) or {}
     reentrant = checkpointing.get("use_reentrant", _reentrant_by_default())
     if args.gradient_checkpointing and reentrant and _takes_gradient_passes(attack):
@@ -83,6 +90,20 @@ def _of_the_arguments(trainer: Any, attack: Attack, target: str | Target) -> Ite
             f"{attack.name!r} takes gradients with respect to the perturbation alone, which reentrant "
             "gradient checkpointing can't give. Write gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
+
+
+def steps_twice(kind: type) -> list[str]:
+    """The classes of a trainer, by name, that count their own steps or generate what they train on."""
+    return [c.__name__ for c in kind.__mro__ if c.__name__ in _STEPS_TWICE or _generates(c)]
+
+
+def _generates(kind: type) -> bool:
+    """Whether a step generates: by the names that the methods of this very class call."""
+    if kind.__module__.partition(".")[0] in ("transformers", __package__):
+        return False
+    steps = [vars(kind).get(name) for name in ("training_step", "_prepare_inputs", "compute_loss")]
+    code = [inspect.unwrap(step).__code__ for step in steps if inspect.isfunction(step)]
+    return any("generate" in name for each in code for name in each.co_names)
 
 
 def _takes_gradient_passes(attack: Attack) -> bool:

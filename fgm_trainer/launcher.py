@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import multiprocessing
 import os
 import runpy
 import sys
 import types
-import weakref
-from abc import ABCMeta
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
-from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import __version__, arguments
-from .arguments import AdversarialArguments, AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
+from .arguments import AdversarialArguments, flags_of
 from .commands import attack, doctor
 from .run import AttackedRun
 from .trainer import AdversarialSeq2SeqTrainer, AdversarialTrainer, AdversarialTrainerMixin
@@ -44,10 +44,10 @@ The script need not know the --adv_* flags. They may also stand in the environme
 class patch:  # noqa: N801
     """Makes every transformers Trainer adversarial, from now on, or as a context.
 
-    `Trainer`, `Seq2SeqTrainer` and their argument classes are replaced wherever a module has them, and as the base of
-    subclasses, those that are defined already as well as those that are imported later. Leaving the context, or `undo`,
-    puts everything back, so that the process is as before; argument classes that were defined meanwhile keep the flags.
-    One counts at a time: a new one undoes the former.
+    No class changes its name, place or bases. A trainer, transformers' own or of a subclass, gets `AdversarialTrainer`
+    among its bases when it is made, or when it is asked to train, and keeps it. `TrainingArguments` and its subclasses
+    take the `adv_*` flags. Leaving the context, or `undo`, puts everything back; argument classes that were defined
+    meanwhile keep the flags. One counts at a time: a new one undoes the former.
 
         with fgm_trainer.patch(adv_epsilon="auto"):
             trainer = trl.SFTTrainer(...)
@@ -67,28 +67,27 @@ class patch:  # noqa: N801
     _active: ClassVar[patch | None] = None
 
     def __init__(self, **flags: Any) -> None:
-        self.flags = AdversarialArguments(**flags)
-        self.trainers: list[str] = []
-        # Whether one of them was asked to train, rather than to evaluate alone.
-        self.trained = False
-        # Forked processes share it.
-        self._counter = multiprocessing.Value("q", 0)
+        # Those of the former one would count more.
+        former, arguments.GIVEN = arguments.GIVEN, {}
+        try:
+            self.flags = AdversarialArguments(**flags)
+        finally:
+            arguments.GIVEN = former
         if patch._active is not None:
             patch._active.undo()
-        patch._active = self
-        arguments.GIVEN = flags
-        self._classes: dict[type, type] = {
-            Trainer: _counted(AdversarialTrainer, self),
-            Seq2SeqTrainer: _counted(AdversarialSeq2SeqTrainer, self),
-            TrainingArguments: AdversarialTrainingArguments,
-            Seq2SeqTrainingArguments: AdversarialSeq2SeqTrainingArguments,
-        }
-        # Who has imported these under whatever name keeps them.
-        self._left_alone = {(id(module), name) for module, name, _ in _places(self._classes.values())}
-        for module, name, kind in _places(self._classes):
-            setattr(module, name, self._classes[kind])
-        _rebase(self._classes)
+        self.trainers: list[str] = []
+        # Whether one of them evaluated, and whether one trained with epsilon 0, as its arguments ask.
+        self._evaluated = self._stock = self._trained = False
+        # Forked processes share it.
+        self._counter = multiprocessing.Value("q", 0)
+        self._before: list[tuple[type, str, Any]] = []
+        self._kinds: dict[type, type] = {}
+        patch._active, arguments.GIVEN = self, flags
         AttackedRun.counters.append(self._counter)
+        self._replace(Trainer, "__init__", self._made)
+        self._replace(Trainer, "train", self._train)
+        self._replace(Trainer, "evaluation_loop", self._evaluate)
+        self._add_flags()
 
     @property
     def steps(self) -> int:
@@ -99,104 +98,134 @@ class patch:  # noqa: N801
         """Puts everything back."""
         if patch._active is not self:
             return
-        stock = {new: old for old, new in self._classes.items()}
-        for module, name, kind in _places(stock):
-            if (id(module), name) not in self._left_alone and name != kind.__name__:
-                setattr(module, name, stock[kind])
-        _rebase(stock)
-        for kind in _TakesTheMixin.named:
-            kind.__bases__ = (AdversarialTrainerMixin, *kind.__bases__)
-        _TakesTheMixin.named.clear()
+        for owner, name, value in reversed(self._before):
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
         AttackedRun.counters.remove(self._counter)
         arguments.GIVEN, patch._active = {}, None
 
     def __enter__(self) -> patch:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.undo()
+        # A trainer that was made may still train.
+        if kind is None and (self._trained or not self.trainers):
+            try:
+                self.check()
+            except RuntimeError as error:
+                logger.warning(str(error))
 
     def check(self) -> None:
         """Raises RuntimeError where nothing was attacked, though that was asked for."""
-        if self.steps or self.flags.adv_epsilon == 0:
+        if self.steps or self._stock or self.flags.adv_epsilon == 0:
             return
         if not self.trainers:
-            raise RuntimeError(
-                "Nothing was attacked: no transformers Trainer was made in this process. A loop of its own needs "
-                "fgm_trainer.loops.Adversary in place of its backward pass; in processes that a script spawns call "
-                "fgm_trainer.patch."
-            )
-        if self.trained:
-            raise RuntimeError(f"Nothing was attacked: {', '.join(self.trainers)} made no attacked training step.")
+            raise RuntimeError(f"Nothing was attacked: no transformers Trainer was made in this process. {_OWN_LOOP}")
+        names = ", ".join(dict.fromkeys(self.trainers))
+        if self._trained:
+            raise RuntimeError(f"Nothing was attacked: {names} made no attacked training step.")
+        if not self._evaluated:
+            raise RuntimeError(f"Nothing was attacked: {names} was made, and its train() not called. {_OWN_LOOP}")
+
+    # What a Trainer calls ---------------------------------------------------------------------------------------------
+
+    def _made(self, stock: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any) -> None:
+        stock(trainer, *args, **kwargs)
+        self.trainers.append(type(trainer).__name__)
+        self._adopt(trainer)
+
+    def _train(self, stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(trainer, AdversarialTrainerMixin):
+            # It was made before.
+            self.trainers.append(type(trainer).__name__)
+            self._adopt(trainer)
+            return AdversarialTrainerMixin.train(trainer, *args, **kwargs)
+        plan = trainer._run.plan
+        if plan.attacks:
+            self._trained = True
+        else:
+            self._stock = True
+        if trainer.is_world_process_zero():
+            settings = ", ".join(f"{name} {value}" for name, value in plan.attack.settings().items())
+            what = f"attacks {plan.target}: {settings}" if plan.attacks else "does not attack: epsilon is 0"
+            print(f"fgm_trainer: {type(trainer).__name__} {what}", file=sys.stderr)
+        return stock(trainer, *args, **kwargs)
+
+    def _evaluate(self, stock: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = True
+        return stock(trainer, *args, **kwargs)
+
+    def _adopt(self, trainer: Any) -> None:
+        """Puts `AdversarialTrainer` behind the trainer's own class, in front of `Trainer`."""
+        kind = type(trainer)
+        if isinstance(trainer, AdversarialTrainerMixin):
+            return
+        if kind not in self._kinds:
+            adversarial = AdversarialSeq2SeqTrainer if issubclass(kind, Seq2SeqTrainer) else AdversarialTrainer
+            bases = (adversarial,) if issubclass(adversarial, kind) else (kind, adversarial)
+            own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_default_flags": self.flags}
+            self._kinds[kind] = types.new_class(kind.__name__, bases, exec_body=lambda space: space.update(own))
+        trainer.__class__ = self._kinds[kind]
+        trainer._prepare()
+
+    # Arguments --------------------------------------------------------------------------------------------------------
+
+    def _add_flags(self) -> None:
+        """Makes `TrainingArguments`, and what is derived from it already, take the flags as fields."""
+        flags = {f.name: f for f in fields(AdversarialArguments)}
+        self._replace(TrainingArguments, "__post_init__", _check_flags)
+        hints = TrainingArguments.__annotations__ | get_type_hints(AdversarialArguments)
+        self._set(TrainingArguments, "__annotations__", hints)
+        for name, flag in flags.items():
+            # For arguments that were made before.
+            self._set(TrainingArguments, name, flag.default)
+        for kind in _with_subclasses(TrainingArguments):
+            if "__dataclass_fields__" in vars(kind) and not issubclass(kind, AdversarialArguments):
+                self._set(kind, "__dataclass_fields__", vars(kind)["__dataclass_fields__"] | flags)
+                if "__init__" in vars(kind):
+                    self._replace(kind, "__init__", _take_flags)
+
+    def _replace(self, owner: type, name: str, by: Callable[..., Any]) -> None:
+        """Calls `by` in place of a method, with the method in front of its arguments."""
+        stock = vars(owner)[name]
+        wrapper = functools.wraps(stock)(lambda *args, **kwargs: by(stock, *args, **kwargs))
+        self._set(owner, name, wrapper)
+
+    def _set(self, owner: type, name: str, value: Any) -> None:
+        self._before.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, value)
 
 
-class _TakesTheMixin(ABCMeta):
-    """Of a trainer that is adversarial: a subclass may name the mixin as well, which it has already."""
-
-    named: ClassVar[weakref.WeakSet[type]] = weakref.WeakSet()
-
-    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **more: Any) -> Any:
-        others = tuple(base for base in bases if base is not AdversarialTrainerMixin)
-        made = super().__new__(cls, name, others, namespace, **more)
-        if others != bases and any(isinstance(base, cls) for base in others):
-            cls.named.add(made)
-        return made
+_ABSENT = object()
+_OWN_LOOP = (
+    "A loop of its own needs fgm_trainer.loops.Adversary in place of its backward pass; in processes that a script "
+    "spawns call fgm_trainer.patch."
+)
 
 
-def _counted(base: type, patched: patch) -> type:
-    """The adversarial trainer, which tells what it does."""
-
-    class Counted(base, metaclass=_TakesTheMixin):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            patched.trainers.append(type(self).__name__)
-            if self.is_world_process_zero():
-                plan = self._run.plan
-                settings = ", ".join(f"{name} {value}" for name, value in plan.attack.settings().items())
-                what = f"attacks {plan.target}: {settings}" if plan.attacks else "does not attack: epsilon is 0"
-                print(f"fgm_trainer: {type(self).__name__} {what}", file=sys.stderr)
-
-        def train(self, *args: Any, **kwargs: Any) -> Any:
-            patched.trained = True
-            return super().train(*args, **kwargs)
-
-        @property
-        def _flags(self) -> Any:
-            return self.args if isinstance(self.args, AdversarialArguments) else patched.flags
-
-    Counted.__name__, Counted.__qualname__, Counted.__module__ = base.__name__, base.__qualname__, base.__module__
-    return Counted
+def _take_flags(stock: Callable[..., None], args: Any, *values: Any, **named: Any) -> None:
+    """`__init__` of a class of training arguments."""
+    for flag in fields(AdversarialArguments):
+        if flag.name in named:
+            setattr(args, flag.name, named.pop(flag.name))
+    stock(args, *values, **named)
 
 
-def _places(classes: Iterable[type]) -> Iterator[tuple[types.ModuleType, str, type]]:
-    """Where a module, other than our own, has one of the classes, and under which name."""
-    # By identity: some modules hold things that mind being looked at.
-    sought = {id(kind) for kind in classes}
-    for module in _modules():
-        yield from ((module, name, value) for name, value in list(vars(module).items()) if id(value) in sought)
+def _check_flags(stock: Callable[..., None], args: Any) -> None:
+    """`__post_init__` of `TrainingArguments`."""
+    stock(args)
+    if not isinstance(args, AdversarialArguments):
+        vars(args).update(vars(flags_of(args)))
 
 
-def _rebase(classes: dict[type, type]) -> None:
-    """Gives the subclasses of each trainer another base."""
-    for old, new in classes.items():
-        for child in old.__subclasses__() if issubclass(old, Trainer) else ():
-            if child in (*classes, *classes.values()) or child.__module__.partition(".")[0] == PACKAGE:
-                continue
-            try:
-                child.__bases__ = tuple(new if base is old else base for base in child.__bases__)
-            except TypeError:
-                # A class can't have the mixin twice.
-                logger.warning(
-                    f"{child.__qualname__} stays as it is, since a subclass of it has AdversarialTrainerMixin already."
-                )
-
-
-def _modules() -> list[types.ModuleType]:
-    """All but our own: those that are registered, and those that they hold, as transformers is there twice."""
-    known = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
-    kinds = set(map(type, known))
-    held = [value for module in known for value in list(vars(module).values()) if type(value) in kinds]
-    return [m for m in {id(m): m for m in known + held}.values() if m.__name__.partition(".")[0] != PACKAGE]
+def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    child: type[Any]
+    for child in kind.__subclasses__():
+        yield from _with_subclasses(child)
 
 
 def flags_in(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -212,16 +241,25 @@ def flags_in(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         elif action.nargs == "?":
             switches.update(action.option_strings)
     before = []
-    for name in (f.name for f in fields(AdversarialArguments)):
-        value = os.environ.get(f"{PACKAGE.upper()}_{name.removeprefix('adv_').upper()}")
-        if value:
-            before += [f"--{name}", *value.split()] if name in several else [f"--{name}={value}"]
+    for name, value in _environment().items():
+        before += [f"--{name}", *value.split()] if name in several else [f"--{name}={value}"]
     given, _ = parser.parse_known_args(before)
     # A switch takes no word that is none of its values.
     pairs = pairwise([*words, ""])
     words = [f"{w}=true" if w in switches and after.lower() not in _SWITCHED else w for w, after in pairs]
     found, rest = parser.parse_known_args(words)
     return vars(given) | vars(found), rest
+
+
+def _environment() -> dict[str, str]:
+    """The flags that stand in the environment. Raises ValueError where a name is none of them."""
+    prefix = f"{PACKAGE.upper()}_"
+    known = {prefix + f.name.removeprefix("adv_").upper(): f.name for f in fields(AdversarialArguments)}
+    given = {name: value for name, value in os.environ.items() if name.startswith(prefix) and value}
+    if unknown := sorted(set(given) - set(known)):
+        near = [f"{name} ({', '.join(difflib.get_close_matches(name, known, n=1))}?)" for name in unknown]
+        raise ValueError(f"The environment has {', '.join(near)}; flags are: {', '.join(known)}.")
+    return {known[name]: value for name, value in given.items()}
 
 
 _SWITCHED = ("true", "false", "yes", "no", "y", "n", "t", "f", "1", "0")
@@ -244,26 +282,44 @@ def main(words: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0 if words else 2)
-    script, (flags, rest) = words[0], flags_in(words[1:])
+    script = words[0]
+    if script.startswith("-"):
+        raise SystemExit(f"fgm_trainer: found {script} where the script stands; flags come after it: SCRIPT {script}.")
     if not as_module and not os.path.exists(script):
         raise SystemExit(f"fgm_trainer: there is no script {script!r}; a module is run as -m {script}.")
     try:
+        flags, rest = flags_in(words[1:])
         patched = patch(**flags)
     except ValueError as error:
         raise SystemExit(f"fgm_trainer: {error}") from None
-    with patched:
-        sys.argv = [script, *rest]
-        sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.abspath(script))
-        code = _run(script, as_module)
+    _name_misspelt(rest)
+    try:
+        _run(script, rest, as_module)
+    finally:
+        patched.undo()
+    if {"-h", "--help"} & set(rest):
+        return
     try:
         patched.check()
     except RuntimeError as error:
         raise SystemExit(f"fgm_trainer: {error}") from None
-    raise SystemExit(code)
 
 
-def _run(script: str, as_module: bool) -> int:
+def _name_misspelt(words: Sequence[str]) -> None:
+    """Words that the script may know, and that look like a flag of ours."""
+    known = [f"--{f.name}" for f in fields(AdversarialArguments)]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--adv") and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
+            print(f"fgm_trainer: {name} is left to the script. Did you mean {near[0]}?", file=sys.stderr)
+
+
+def _run(script: str, words: Sequence[str], as_module: bool) -> None:
     """Runs it as the main program. Raises SystemExit where it ends with an error of its own."""
+    argv, path = sys.argv, list(sys.path)
+    sys.argv = [script, *words]
+    if not sys.flags.safe_path:
+        sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.abspath(script))
     try:
         if as_module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
@@ -272,4 +328,5 @@ def _run(script: str, as_module: bool) -> int:
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
-    return 0
+    finally:
+        sys.argv, sys.path[:] = argv, path

@@ -52,7 +52,7 @@ class Plan:
 
 
 def make_plan(
-    args: Any,
+    args: AdversarialArguments | None,
     attack: Attack | None,
     target: str | Target | None,
     epsilon_schedule: Callable[[float], float] | None,
@@ -61,13 +61,13 @@ def make_plan(
     """The plan of a run.
 
     Args:
-        args: training arguments, with or without attack flags.
+        args: the attack flags; None where training arguments have none.
         attack: the attack, where it was given in code.
         target: what is perturbed, where it was given in code.
         epsilon_schedule: what epsilon is multiplied by, as a function of training progress.
         processor: what made the inputs.
     """
-    if not isinstance(args, AdversarialArguments):
+    if args is None:
         # Without flags a fixed epsilon that was given in code is taken at its word.
         as_given = epsilon_schedule is not None or (attack is not None and attack.epsilon != AUTO)
         schedule = Schedule(warmup=0.0 if as_given else WARMUP, shape=epsilon_schedule)

@@ -21,7 +21,7 @@ from .metrics import RunFigures
 from .perturbation.batches import examples_in, without_column
 from .perturbation.targets import find_target
 from .plan import Plan
-from .trainer_pass import StockStep, make_pass
+from .trainer_pass import OwnFigures, StockStep, make_pass
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +75,7 @@ class AttackedRun:
             logger.warning(said)
         if factor == 0 and self._checked_batch:
             return self._noted_clean(driver, kept, stock(model, inputs), inputs)
-        run_pass = functools.partial(make_pass, self._trainer, stock)
+        run_pass = functools.partial(make_pass, self._trainer, stock, OwnFigures(self._trainer))
         try:
             with self.figures.watched(model, _labels_in(inputs, self._trainer)):
                 if factor == 0:

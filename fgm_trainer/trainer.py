@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
-from .arguments import AdversarialArguments, changed_attack_fields
+from .arguments import AdversarialArguments, changed_attack_fields, flags_of
 from .attacks import Attack
 from .cards import add_to_card
 from .compatibility import refuse
@@ -52,6 +52,9 @@ class AdversarialTrainerMixin(_Base):
         ValueError: `attack` and attack flags are both given.
     """
 
+    # Where the arguments have none (`launcher.patch`).
+    _default_flags: AdversarialArguments | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -66,6 +69,15 @@ class AdversarialTrainerMixin(_Base):
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. Leave one "
                 "out."
             )
+        self._prepare(attack, target, epsilon_schedule)
+
+    def _prepare(
+        self,
+        attack: Attack | None = None,
+        target: str | Target | None = None,
+        epsilon_schedule: Callable[[float], float] | None = None,
+    ) -> None:
+        """What `__init__` adds to a Trainer that is made."""
         self._given = attack, target, epsilon_schedule
         # The pass that an overridden `training_step` or `compute_loss` is called for.
         self.running_pass: RunningPass | None = None
@@ -88,15 +100,22 @@ class AdversarialTrainerMixin(_Base):
         self._run = AttackedRun(self, self._plan())
 
     @property
-    def _flags(self) -> Any:
-        """What the flags are read from."""
-        return self.args
+    def _flags(self) -> AdversarialArguments | None:
+        """The flags, where there are some."""
+        return flags_of(self.args) or self._default_flags
 
     def _plan(self) -> Plan:
         return make_plan(self._flags, *self._given, getattr(self, "processing_class", None))
 
     def _hp_search_setup(self, trial: Any) -> None:
+        # Trainer brings what a trial says into the type of what is there, and epsilon may be a number or a word.
+        args: Any = self.args
+        before = getattr(args, "adv_epsilon", None)
+        if before is not None:
+            args.adv_epsilon = None
         super()._hp_search_setup(trial)
+        if before is not None and args.adv_epsilon is None:
+            args.adv_epsilon = before
         self._begin()
         self._refuse()
 
@@ -116,7 +135,7 @@ class AdversarialTrainerMixin(_Base):
         self._refuse()
         # They were of another model.
         self._reports = {}
-        if self._given[0] is None and not isinstance(self._flags, AdversarialArguments):
+        if self._given[0] is None and self._flags is None:
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
         try:
             result = super().train(*args, **kwargs)

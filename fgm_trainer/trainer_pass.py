@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,9 @@ from .engine.running_pass import RunningPass
 StockStep = Callable[[nn.Module, Any], Tensor]
 
 
-def make_pass(trainer: Any, stock: StockStep, running: RunningPass, model: nn.Module, batch: Any) -> Tensor:
+def make_pass(
+    trainer: Any, stock: StockStep, figures: OwnFigures, running: RunningPass, model: nn.Module, batch: Any
+) -> Tensor:
     """Makes a pass by a stock step of the trainer; returns what that reports.
 
     Raises:
@@ -21,7 +25,7 @@ def make_pass(trainer: Any, stock: StockStep, running: RunningPass, model: nn.Mo
     """
     trainer.running_pass = running
     try:
-        with _Replaced(trainer, running):
+        with figures, _Replaced(trainer, running):
             reported = stock(model, batch)
     finally:
         trainer.running_pass = None
@@ -38,6 +42,40 @@ def make_pass(trainer: Any, stock: StockStep, running: RunningPass, model: nn.Mo
             "loss.backward(), or choose a method whose passes all train, such as adv_method='fgm'."
         )
     return reported
+
+
+class OwnFigures:
+    """A context around each pass of a micro-batch: what trl's trainers collect where they compute a loss (rewards,
+    entropy, numbers of tokens) is that of the first pass alone, of most methods the clean one.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = vars(trainer)
+        self._collected: dict[str, Any] | None = None
+
+    def __enter__(self) -> None:
+        if self._collected is not None:
+            # Figures that nobody reads.
+            self._trainer |= {name: _empty(value) for name, value in self._collected.items()}
+
+    def __exit__(self, *error: object) -> None:
+        if self._collected is None:
+            self._collected = {name: self._trainer[name] for name in _COLLECTED if name in self._trainer}
+        self._trainer |= self._collected
+
+
+_COLLECTED = ("_metrics", "_stored_metrics", "_total_train_tokens")
+
+
+def _empty(collected: Any) -> Any:
+    """The same without figures; as it is where it is not of trl's form: of each mode (train, eval) lists by name."""
+    if not isinstance(collected, dict) or not all(isinstance(each, defaultdict) for each in collected.values()):
+        return collected
+    # A copy keeps what a mode that is not there yet starts with.
+    return copy.copy(collected) | {mode: defaultdict(lists.default_factory) for mode, lists in collected.items()}
 
 
 class _Replaced:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import sys
@@ -414,7 +413,7 @@ def made(tmp_path_factory):
     return folder, script.main([*SMALL, "--output_dir", str(folder)])
 
 
-def test_the_script_saves_its_parts(made, capsys):
+def test_the_script_saves_its_parts(made):
     folder, found = made
     saved = json.loads((folder / "image_results.json").read_text())
     assert saved == json.loads(json.dumps(found))
@@ -426,18 +425,6 @@ def test_the_script_saves_its_parts(made, capsys):
         assert all(0 <= row[1] <= row[0] <= report["clean"] for row in report["scores"].values())
         assert {"config.json", "preprocessor_config.json"} <= {p.name for p in (folder / name).iterdir()}
     assert (folder / "examples.png").read_bytes().startswith(b"\x89PNG")
-    lines = (folder / "table.md").read_text().split("\n")
-    assert [cell.strip() for cell in lines[1].split("|")[1:-1]] == ["attack", "epsilon", "in pixels", *script.MODELS]
-    assert sum(line.startswith("|") for line in lines) == 2 + 1 + 3 * 2
-    assert any("| 0.2 | 0.1 |" in " ".join(line.split()) for line in lines), "epsilon 0.2 is 0.1 in pixels"
-
-
-def test_the_script_reports_what_the_models_saw(made):
-    values = made[1]["values"]
-    assert values["valid"] == [-1.0, 1.0]
-    assert (values["low"], values["high"]) == (-1.0, 1.0)
-    # 3 steps of one pass and of four; the evaluation on top.
-    assert values["passes"] > 3 * 5
 
 
 def test_the_script_is_deterministic_and_sees_its_seed(made, tmp_path):
@@ -453,35 +440,6 @@ def test_the_script_is_deterministic_and_sees_its_seed(made, tmp_path):
     assert other["settings"]["seed"] == 1
 
 
-def test_without_clip_the_script_says_that_the_range_was_left(tmp_path, monkeypatch):
-    parse = script.parse_arguments
-
-    def without_clip(argv):
-        images_args, args = parse(argv)
-        args.adv_clip = None
-        return images_args, args
-
-    monkeypatch.setattr(script, "parse_arguments", without_clip)
-    values = script.main([*SMALL, "--output_dir", str(tmp_path), "--adv_method", "fgsm"])["values"]
-    assert values["valid"] == []
-    assert values["low"] < -1.0
-    assert values["high"] > 1.0
-
-
-def test_the_pictures_are_what_the_attack_made():
-    model = tiny_vit(1)
-    clip = valid_range((0, 1), make_processor(GREY))
-    batch = default_data_collator(images(GREY, 4))
-    before = copy.deepcopy(model.state_dict())
-    found = script.attacked(model, batch, FGSM(epsilon=0.4), clip)
-    at = batch["pixel_values"].clone().requires_grad_()
-    gradient = torch.autograd.grad(model(pixel_values=at, labels=batch["labels"]).loss, at)[0]
-    expected = (batch["pixel_values"] + 0.4 * gradient.sign()).clamp(*clip)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
 def test_digits_are_bytes_and_the_last_ones_are_held_out():
     train, test = script.load_images(script.ImageArguments())
     assert (train.pixels.shape, test.pixels.shape) == ((1297, 8, 8), (500, 8, 8))
@@ -491,8 +449,7 @@ def test_digits_are_bytes_and_the_last_ones_are_held_out():
 
 def test_resnet(tmp_path):
     found = script.main([*SMALL, "--output_dir", str(tmp_path), "--architecture", "resnet", "--adv_method", "fgsm"])
-    assert found["values"]["passes"] > 3 * 3
-    assert (found["values"]["low"], found["values"]["high"]) == (-1.0, 1.0)
+    assert found["models"]["adversarial"]["scores"] != found["models"]["plain"]["scores"]
 
 
 # Fashion-MNIST --------------------------------------------------------------------------------------------------------

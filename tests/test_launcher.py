@@ -1,5 +1,7 @@
 """`python -m fgm_trainer` and `fgm_trainer.patch`: any script's Trainer is adversarial, and only as long as asked."""
 
+import dataclasses
+import json
 import logging
 import os
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import pytest
 import torch
@@ -91,7 +94,7 @@ def test_a_script_as_it_is_gives_the_weights_of_the_edited_one(scripts, tmp_path
     attack = ["--adv_epsilon", "0.5", "--adv_warmup", "0"]
     run(scripts / "edited.py", *FLAGS.split(), "--output_dir", tmp_path / "edited", *attack)
     found = launched(scripts / "stock.py", tmp_path / "stock", *attack)
-    assert "fgm_trainer: AdversarialTrainer attacks word_embeddings: method fgm, epsilon 0.5" in found.stderr
+    assert "fgm_trainer: Trainer attacks word_embeddings: method fgm, epsilon 0.5" in found.stderr
     expected = saved(tmp_path / "edited")
     assert same(saved(tmp_path / "stock"), expected)
     # Flags of a parser that does not know them.
@@ -116,9 +119,26 @@ def test_two_processes_of_torchrun(scripts, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = [*FLAGS.split(), "--ddp_backend", "gloo", "--adv_epsilon", "0.5", "--output_dir"]
     found = run(*torchrun, "-m", "fgm_trainer", scripts / "stock.py", *flags, tmp_path / "stock")
-    assert found.stderr.count("fgm_trainer: AdversarialTrainer attacks") == 1
+    assert found.stderr.count("fgm_trainer: Trainer attacks") == 1
     run(*torchrun, scripts / "edited.py", *flags, tmp_path / "edited")
     assert same(saved(tmp_path / "stock"), saved(tmp_path / "edited"))
+
+
+@pytest.mark.slow
+def test_accelerate_launch(scripts, tmp_path):
+    words = [*FLAGS.split(), "--adv_epsilon", "0.5", "--output_dir"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "fgm_trainer"]
+    found = run(*launch, scripts / "stock.py", *words, tmp_path / "stock")
+    assert "fgm_trainer: Trainer attacks word_embeddings" in found.stderr
+    run(scripts / "edited.py", *words, tmp_path / "edited")
+    assert same(saved(tmp_path / "stock"), saved(tmp_path / "edited"))
+
+
+LOOP = """
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+Trainer(model=BertForSequenceClassification(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1,
+    num_attention_heads=1, intermediate_size=4)), args=TrainingArguments("out", report_to="none", use_cpu=True))
+"""
 
 
 @pytest.mark.parametrize(
@@ -128,10 +148,13 @@ def test_two_processes_of_torchrun(scripts, tmp_path):
         pytest.param(
             STOCK,
             ["--output_dir", "out", *FLAGS.split(), "--adv_start", "100"],
-            "AdversarialTrainer made no attacked training step.",
+            "Trainer made no attacked training step.",
             marks=pytest.mark.slow,
         ),
         pytest.param("import sys; sys.exit(3)", [], None, marks=pytest.mark.slow),
+        pytest.param(
+            LOOP, [], "Trainer was made, and its train() not called. A loop of its own", marks=pytest.mark.slow
+        ),
         pytest.param(
             "import torch",
             ["--adv_epsilon=-1", "--adv_norm", "l7"],
@@ -148,7 +171,37 @@ def test_a_run_that_attacks_nothing_is_an_error(tmp_path, monkeypatch, code, wor
     assert "Traceback" not in found.stderr
 
 
+def test_help_and_a_flag_that_looks_like_ours(tmp_path, monkeypatch, capsys):
+    """The script's own help is no run in which nothing was attacked; the process is as before."""
+    (tmp_path / "script.py").write_text("import argparse, sys; print(sys.argv[1:])")
+    before = sys.argv, list(sys.path)
+    main([str(tmp_path / "script.py"), "--help"])
+    with pytest.raises(SystemExit, match="no transformers Trainer was made"):
+        main([str(tmp_path / "script.py"), "--adv_epslion=3", "--advice", "x", "--adv_strength", "2"])
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["['--help']", "['--adv_epslion=3', '--advice', 'x']"]
+    assert err.splitlines() == ["fgm_trainer: --adv_epslion is left to the script. Did you mean --adv_epsilon?"]
+    assert (sys.argv, sys.path) == before
+    monkeypatch.setenv("FGM_TRAINER_EPSLION", "0.3")
+    with pytest.raises(SystemExit, match=r"FGM_TRAINER_EPSLION \(FGM_TRAINER_EPSILON\?\)"):
+        main([str(tmp_path / "script.py")])
+
+
+def test_epsilon_0_of_the_arguments_is_no_error(tmp_path, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with fgm_trainer.patch() as patched:
+            weights_of(Defined, transformers.TrainingArguments(**settings(tmp_path), adv_epsilon=0))
+        patched.check()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "Nothing was attacked" not in caplog.text
+
+
 def test_what_is_no_script(capsys):
+    with pytest.raises(SystemExit, match="flags come after it: SCRIPT --adv_epsilon"):
+        main(["--adv_epsilon", "0.3", "a.py"])
     with pytest.raises(SystemExit, match=r"there is no script 'nowhere\.py'"):
         main(["nowhere.py"])
     main(["--version"])
@@ -203,109 +256,203 @@ def weights_of(kind, args, **more):
     return model.state_dict(), trainer
 
 
+def state_of_the_process():
+    """Everything that a patch may touch."""
+    kinds = [transformers.Trainer, transformers.Seq2SeqTrainer, Defined]
+    kinds += [transformers.TrainingArguments, transformers.Seq2SeqTrainingArguments, DefinedArguments]
+    names = [getattr(transformers, kind.__name__, kind) for kind in kinds]
+    return names, [dict(vars(kind)) for kind in kinds], [kind.__bases__ for kind in kinds], sys.argv, list(sys.path)
+
+
 def test_within_the_context_and_not_after(tmp_path):
     flags = {"adv_epsilon": 0.5, "adv_warmup": 0.0}
     edited = AdversarialTrainingArguments(**settings(tmp_path), **flags)
     expected, _ = weights_of(AdversarialTrainer, edited)
     plain, _ = weights_of(transformers.Trainer, transformers.TrainingArguments(**settings(tmp_path)))
-    module = types.ModuleType("imported_before")
-    module.Trainer, module.Arguments = transformers.Trainer, transformers.TrainingArguments
-    sys.modules["imported_before"] = module
-    names = ("Trainer", "Seq2SeqTrainer", "TrainingArguments", "Seq2SeqTrainingArguments")
-    before = [getattr(transformers, name) for name in names]
-    try:
-        with fgm_trainer.patch(**flags) as patched:
-            found, _ = weights_of(module.Trainer, module.Arguments(**settings(tmp_path)))
-            of_subclass, trainer = weights_of(Defined, DefinedArguments(**settings(tmp_path)))
+    before, earlier = state_of_the_process(), transformers.TrainingArguments(**settings(tmp_path))
+    held, trainer, arguments = {"t": transformers.Trainer}, transformers.Trainer, transformers.TrainingArguments
+    with fgm_trainer.patch(**flags) as patched:
+        found, _ = weights_of(held["t"], arguments(**settings(tmp_path)))
+        of_subclass, made = weights_of(Defined, DefinedArguments(**settings(tmp_path)))
 
-            class Later(transformers.Trainer):
-                pass
+        class Later(transformers.Trainer):
+            pass
 
-            of_later, _ = weights_of(Later, transformers.TrainingArguments(**settings(tmp_path)))
-            # What is said here counts more than what a script says.
-            own, _ = weights_of(Later, transformers.TrainingArguments(**settings(tmp_path), adv_epsilon=0.1))
-            mixed, _ = weights_of(AdversarialTrainer, AdversarialTrainingArguments(**settings(tmp_path)))
+        of_later, _ = weights_of(Later, transformers.TrainingArguments(**settings(tmp_path)))
+        # What is said here counts more than what a script says.
+        own, _ = weights_of(Later, transformers.TrainingArguments(**settings(tmp_path), adv_epsilon=0.1))
+        mixed, _ = weights_of(AdversarialTrainer, AdversarialTrainingArguments(**settings(tmp_path)))
 
-            class Named(fgm_trainer.AdversarialTrainerMixin, transformers.Trainer):
-                pass
+        class Named(fgm_trainer.AdversarialTrainerMixin, transformers.Trainer):
+            pass
 
-            named, _ = weights_of(Named, transformers.TrainingArguments(**settings(tmp_path)))
-        assert patched.trainers == ["AdversarialTrainer", "Defined", "Later", "Later", "Named"]
-        assert patched.steps == 18
-        patched.check()
-        assert same(found, expected)
-        assert same(of_subclass, expected)
-        assert same(of_later, expected)
-        assert same(own, expected)
-        assert same(mixed, expected)
-        assert same(named, expected)
-        assert Named.__mro__[1:3] == (fgm_trainer.AdversarialTrainerMixin, transformers.Trainer)
-        assert same(weights_of(Named, edited)[0], expected)
-        assert trainer.calls == 3
-        assert [getattr(transformers, name) for name in names] == before
-        assert module.Trainer is transformers.trainer.Trainer is before[0]
-        assert Defined.__bases__ == Later.__bases__ == (transformers.Trainer,)
-        for kind, args in ((Later, transformers.TrainingArguments), (Defined, DefinedArguments)):
-            assert same(weights_of(kind, args(**settings(tmp_path)))[0], plain)
-        assert AdversarialTrainingArguments(**settings(tmp_path)).adv_epsilon is None
-    finally:
-        del sys.modules["imported_before"]
+        named, _ = weights_of(Named, transformers.TrainingArguments(**settings(tmp_path)))
+        of_earlier, _ = weights_of(Defined, earlier)
+    assert patched.trainers == ["Trainer", "Defined", "Later", "Later", "AdversarialTrainer", "Named", "Defined"]
+    assert patched.steps == 21
+    patched.check()
+    for weights in (found, of_subclass, of_later, own, mixed, named, of_earlier):
+        assert same(weights, expected)
+    assert type(made).__name__ == "Defined"
+    assert made.calls == 3
+    assert state_of_the_process() == before
+    for kind, args in ((Later, transformers.TrainingArguments), (Defined, DefinedArguments), (trainer, arguments)):
+        assert same(weights_of(kind, args(**settings(tmp_path)))[0], plain)
+    assert AdversarialTrainingArguments(**settings(tmp_path)).adv_epsilon is None
+    with pytest.raises(TypeError, match="adv_epsilon"):
+        transformers.TrainingArguments(**settings(tmp_path), adv_epsilon=0.1)
 
 
-def test_a_class_that_can_not_be_swapped_is_named(caplog):
-    class Plain(transformers.Trainer):
+@pytest.mark.parametrize("kind", [transformers.Trainer, Defined, transformers.Seq2SeqTrainer], ids=lambda k: k.__name__)
+def test_a_trainer_keeps_what_it_was_made_with(tmp_path, kind):
+    """Made inside and trained after; made before and trained inside; by what is active when it trains, else its own."""
+    arguments = transformers.TrainingArguments
+    if kind is transformers.Seq2SeqTrainer:
+        arguments = transformers.Seq2SeqTrainingArguments
+    flags = {"adv_epsilon": 0.5, "adv_warmup": 0.0}
+    edited = AdversarialTrainingArguments(**settings(tmp_path), **flags)
+    expected, _ = weights_of(AdversarialTrainer, edited)
+
+    def made():
+        model = tiny("bert")
+        return kind(model=model, args=arguments(**settings(tmp_path)), train_dataset=padded_data(model))
+
+    before = made()
+    with fgm_trainer.patch(**flags):
+        within = made()
+        before.evaluate(before.train_dataset)
+        before.train()
+    within.train()
+    assert same(within.model.state_dict(), expected)
+    assert same(before.model.state_dict(), expected)
+    assert isinstance(within, (kind, AdversarialTrainer))
+    report = within.evaluate_robustness(within.train_dataset, attacks=[fgm_trainer.FGM()], epsilons=[0.1])
+    assert report.examples == 16
+
+
+def test_classes_keep_their_relations(tmp_path):
+    class Registers(type):
         pass
 
-    class Mixed(fgm_trainer.AdversarialTrainerMixin, Plain):
-        pass
+    @runtime_checkable
+    class Saves(Protocol):
+        def save_model(self): ...
 
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
+    with fgm_trainer.patch(adv_epsilon=0.5):
+        assert issubclass(transformers.Seq2SeqTrainer, transformers.Trainer)
+        args = transformers.Seq2SeqTrainingArguments(**settings(tmp_path))
+        assert isinstance(args, transformers.TrainingArguments)
+        assert isinstance(DefinedArguments(**settings(tmp_path)), transformers.TrainingArguments)
+        assert args.to_dict()["adv_epsilon"] == 0.5
+
+        class Metaclass(transformers.Trainer, metaclass=Registers):
+            pass
+
+        class OfProtocol(transformers.Trainer, Saves):
+            pass
+
+        for kind in (Metaclass, OfProtocol, transformers.Seq2SeqTrainer):
+            trainer = kind(model=tiny("bert"), args=args)
+            assert isinstance(trainer, (transformers.Trainer, kind))
+            assert isinstance(trainer, Saves)
+            assert trainer.attack == fgm_trainer.FGM(epsilon=0.5)
+
+
+def test_our_own_names_are_left_alone():
+    """What the README tells to import, in a notebook in which a patch is active."""
+    own = types.ModuleType("notebook")
+    sys.modules["notebook"] = own
     try:
         with fgm_trainer.patch():
-            assert Mixed.__mro__[2] is Plain
-            assert Plain.__bases__ != (transformers.Trainer,)
+            own.Trainer, own.TrainingArguments = AdversarialTrainer, AdversarialTrainingArguments
+        assert (own.Trainer, own.TrainingArguments) == (AdversarialTrainer, AdversarialTrainingArguments)
     finally:
-        logger.removeHandler(caplog.handler)
-    assert "Plain stays as it is, since a subclass of it has AdversarialTrainerMixin" in caplog.text
+        del sys.modules["notebook"]
 
 
-def test_an_error_puts_everything_back_and_a_second_undo_does_nothing():
-    seen = []
+def test_parsers_take_the_flags_from_words_and_files(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"output_dir": "out", "adv_epsilon": 0.25, "report_to": "none"}))
+    with fgm_trainer.patch():
+        for kind in (transformers.TrainingArguments, DefinedArguments, transformers.Seq2SeqTrainingArguments):
+            parser = transformers.HfArgumentParser(kind)
+            (args,) = parser.parse_json_file(str(tmp_path / "args.json"))
+            assert args.adv_epsilon == 0.25
+            words = ["--output_dir", "out", "--adv_clip", "0", "1", "--adv_target", "pixel_values", "--adv_recover"]
+            (args,) = parser.parse_args_into_dataclasses([*words, "--adv_epsilon", "auto"])
+            assert (args.adv_epsilon, args.adv_clip, args.adv_recover) == ("auto", [0.0, 1.0], True)
+            with pytest.raises(ValueError, match="adv_norm must be one of"):
+                kind(output_dir="out", adv_norm="l7")
+            assert dataclasses.replace(args, adv_epsilon=0.5).adv_epsilon == 0.5
+
+
+def test_an_error_puts_everything_back_and_a_second_undo_does_nothing(tmp_path):
+    before, seen = state_of_the_process(), []
 
     def fails():
         with fgm_trainer.patch() as patched:
-            seen.extend([patched, transformers.Trainer])
+            seen.append(patched)
+            assert state_of_the_process() != before
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fails()
-    patched, adversarial = seen
-    assert issubclass(adversarial, AdversarialTrainer)
-    trainer = transformers.Trainer
-    assert not issubclass(trainer, AdversarialTrainer)
+    assert state_of_the_process() == before
+    (patched,) = seen
     patched.undo()
-    assert transformers.Trainer is trainer
     with pytest.raises(RuntimeError, match="no transformers Trainer was made"):
         patched.check()
     with pytest.raises(ValueError, match="adv_strength must be above 0"):
         fgm_trainer.patch(adv_strength=0.0)
-    assert transformers.Trainer is trainer
+    assert state_of_the_process() == before
 
 
-def test_a_second_one_takes_the_place_of_the_first():
-    trainer = transformers.Trainer
-    first = fgm_trainer.patch(adv_epsilon=0.5)
-    with fgm_trainer.patch(adv_method="pgd"):
-        args = transformers.TrainingArguments(output_dir="out", report_to="none", use_cpu=True)
+def test_a_second_one_takes_the_place_of_the_first(tmp_path):
+    before = state_of_the_process()
+    first = fgm_trainer.patch(adv_epsilon=0.5, adv_norm="linf")
+    with pytest.raises(ValueError, match="adv_epsilon must be"):
+        fgm_trainer.patch(adv_epsilon=-1.0)
+    assert transformers.TrainingArguments(**settings(tmp_path)).adv_epsilon == 0.5, "the first one stays"
+    with fgm_trainer.patch(adv_method="pgd") as second:
+        assert (second.flags.adv_method, second.flags.adv_epsilon, second.flags.adv_norm) == ("pgd", None, None)
+        args = transformers.TrainingArguments(**settings(tmp_path))
         assert (args.adv_method, args.adv_epsilon) == ("pgd", None)
+        trainer = Defined(model=tiny("bert"), args=args)
+        assert trainer.attack == fgm_trainer.PGD()
         first.undo()
-        assert transformers.Trainer is not trainer
-    assert transformers.Trainer is trainer
+        assert transformers.TrainingArguments(**settings(tmp_path)).adv_method == "pgd"
+    assert state_of_the_process() == before
+
+
+def test_a_context_in_which_nothing_is_attacked_says_so(tmp_path, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with fgm_trainer.patch():
+            pass
+        assert "no transformers Trainer was made" in caplog.text
+        caplog.clear()
+        with fgm_trainer.patch(adv_start=100):
+            weights_of(Defined, transformers.TrainingArguments(**settings(tmp_path)))
+        assert "Defined made no attacked training step" in caplog.text
+        caplog.clear()
+        with fgm_trainer.patch() as patched:
+            Defined(model=tiny("bert"), args=transformers.TrainingArguments(**settings(tmp_path)))
+        assert "Nothing was attacked" not in caplog.text, "it may train later"
+        with pytest.raises(RuntimeError, match=r"Defined was made, and its train\(\) not called"):
+            patched.check()
+        with fgm_trainer.patch() as patched:
+            args = transformers.TrainingArguments(**settings(tmp_path))
+            Defined(model=tiny("bert"), args=args).evaluate(padded_data(tiny("bert")))
+        patched.check()
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_arguments_are_saved_and_read(tmp_path):
     with fgm_trainer.patch(adv_epsilon=0.5):
         args = transformers.TrainingArguments(**settings(tmp_path))
         torch.save(args, tmp_path / "training_args.bin")
-    assert torch.load(tmp_path / "training_args.bin", weights_only=False).adv_epsilon == 0.5
+    # As stock arguments, which need no package of ours.
+    read = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert type(read) is transformers.TrainingArguments
+    assert read.adv_epsilon == 0.5

@@ -57,6 +57,7 @@ INSIDE = {
         "report",
         "data",
         "passes",
+        "attacked_batch",
         "ensemble",
         "foolbox",
         "evaluate",

@@ -157,7 +157,7 @@ class PerturbedForward(WatchedForward):
     def end(self) -> None:
         shared = self.shared
         if self.takes_gradient:
-            _refuse_no_gradient(shared, self.own)
+            _refuse_no_gradient(shared, self.own, self.calls)
         if self.takes_gradient and not shared.layout:
             shared.idle |= {call.key for call in self.own if call.gradient is None}
         own = {call.key: call for call in self.own}
@@ -177,11 +177,11 @@ class PerturbedForward(WatchedForward):
             shared.layout = {key: own.get(key, first) for key, first in shared.layout.items()}
 
 
-def _refuse_no_gradient(shared: SharedCalls, own: list[Call]) -> None:
+def _refuse_no_gradient(shared: SharedCalls, own: list[Call], calls: list[Call]) -> None:
     own = [call for call in own if call.leaf is not None]
     if any(call.gradient is not None for call in own) or (shared.stochastic and not own):
         return
-    if any(call.key in shared.cached for call in own):
+    if any(call.key in shared.cached for call in own) or not any(call.graded for call in calls):
         raise RuntimeError(_CACHED)
     raise RuntimeError(
         "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "

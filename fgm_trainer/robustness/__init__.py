@@ -1,5 +1,6 @@
 """How robust a model is."""
 
+from .attacked_batch import AttackedBatch, attack_batch
 from .candidates import NearestTokens, WordNet, characters
 from .embedders import evaluate_embedder
 from .ensemble import Ensemble, Member, strong
@@ -14,6 +15,7 @@ from .text import TextReport, attack_texts, print_texts
 __all__ = [
     "ATTACKS_TO_TRY",
     "EPSILONS",
+    "AttackedBatch",
     "Difference",
     "Ensemble",
     "Foolbox",
@@ -25,6 +27,7 @@ __all__ = [
     "Task",
     "TextReport",
     "WordNet",
+    "attack_batch",
     "attack_texts",
     "characters",
     "compare",

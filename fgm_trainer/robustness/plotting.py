@@ -57,19 +57,37 @@ def plot_robustness(
     return figure
 
 
-def print_robustness(report: RobustnessReport) -> None:
-    """Prints a table: a row an attack, a column an epsilon, accuracies with their 95 % intervals. Needs rich."""
+def print_robustness(reports: RobustnessReport | Mapping[str, RobustnessReport]) -> None:
+    """Prints a table of accuracies with their 95 % intervals. Needs rich.
+
+    Args:
+        reports: one report, a row an attack and a column an epsilon; or, by the model's name, several models' on the
+            same examples, a row an attack and epsilon and a column a model.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    (first, *others), *rows = report.table()
-    table = Table(title=f"{report.metric.replace('_', ' ')} of {report.examples} examples")
-    table.add_column(first)
-    for head in others:
-        table.add_column(head, justify="right")
+    each = {"": reports} if isinstance(reports, RobustnessReport) else reports
+    first = next(iter(each.values()))
+    (head, *others), *rows = first.table() if each is not reports else _side_by_side(each)
+    table = Table(title=f"{first.metric.replace('_', ' ')} of {first.examples} examples")
+    table.add_column(head)
+    for other in others:
+        table.add_column(other, justify="right")
     for row in rows:
         table.add_row(*row)
     console = Console()
     # What is cut off at the right can't be had otherwise.
     console.width = max(console.width, 26 * len(table.columns))
-    console.print(table, *(f"Masked gradients? {sign}" for sign in report.masking), sep="\n")
+    signs = [f"Masked gradients{name and f' of {name}'}? {sign}" for name, r in each.items() for sign in r.masking]
+    console.print(table, *signs, sep="\n")
+
+
+def _side_by_side(reports: Mapping[str, RobustnessReport]) -> list[list[str]]:
+    """The heads, and a row an attack and epsilon."""
+    first = next(iter(reports.values()))
+    rows = [["attack", "epsilon", *reports], ["clean", "", *(report.cells()[0] for report in reports.values())]]
+    for attack in first.scores:
+        columns = [report.cells(attack) for report in reports.values()]
+        rows += [[attack, f"{e:g}", *cells] for e, *cells in zip(first.epsilons, *columns, strict=True)]
+    return rows

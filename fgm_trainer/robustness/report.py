@@ -92,15 +92,19 @@ class RobustnessReport:
         scores = (self.clean,) if attack is None else self.scores[attack]
         return [wilson(score, self.examples) for score in scores]
 
+    def cells(self, attack: str | None = None) -> list[str]:
+        """The figures at each epsilon, or the clean one (None), as a table shows them."""
+        scores = (self.clean,) if attack is None else self.scores[attack]
+        if not self.is_share:
+            return [f"{score:.4f}" for score in scores]
+        bounds = self.intervals(attack)
+        return [f"{score:.4f} ({low:.3f}-{high:.3f})" for score, (low, high) in zip(scores, bounds, strict=True)]
+
     def table(self) -> list[list[str]]:
         """The heads, and a row an attack and figure; shares of examples with their 95 % intervals."""
         rows = [["attack", "clean", *(f"epsilon {e:g}" for e in self.epsilons)]]
-        for attack, scores in self.scores.items():
-            cells = [f"{score:.4f}" for score in (self.clean, *scores)]
-            if self.is_share:
-                bounds = [*self.intervals(), *self.intervals(attack)]
-                cells = [f"{cell} ({low:.3f}-{high:.3f})" for cell, (low, high) in zip(cells, bounds, strict=True)]
-            rows.append([attack, *cells])
+        for attack in self.scores:
+            rows.append([attack, *self.cells(), *self.cells(attack)])
             for name, of in self.further.items():
                 figures = (self.clean_further[name], *of[attack])
                 rows.append([f"  {name.replace('_', ' ')}", *(f"{figure:.4f}" for figure in figures)])
