@@ -175,7 +175,8 @@ class AttackedRun:
 
     def end(self) -> None:
         """Training is over."""
-        if self.plan.attacks and self._checked_batch and not self._attacked_any:
+        said_before = self.plan.schedule.remark(self._trainer.state.max_steps)
+        if self.plan.attacks and self._checked_batch and not self._attacked_any and not said_before:
             logger.warning("No step was attacked: adv_start or epsilon_schedule left epsilon at 0 all the time.")
         kept = self.state.kept
         said = None if kept is None else self.plan.attack.remark(kept.memory)

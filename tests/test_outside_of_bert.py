@@ -183,9 +183,11 @@ def test_a_batch_without_examples_has_no_part():
     ("settings", "schedule", "says"),
     [
         ({"adv_start": 1000}, None, "adv_start=1000 lies beyond the end of training (4 steps): nothing is attacked."),
-        ({"adv_start": 1000}, None, "No step was attacked"),
         ({}, lambda progress: 0.0, "No step was attacked"),
         ({"adv_warmup": 16}, None, "adv_warmup=16 lasts longer than training (4 steps): epsilon ends at 25%."),
+        ({"adv_every": 4, "adv_warmup": 0}, None, "adv_every=4: of the 4 steps of training one alone is attacked."),
+        ({"adv_every": 3, "adv_start": 1, "adv_warmup": 0}, None, "adv_every=3: of the 4 steps"),
+        ({"adv_every": 3, "adv_warmup": 0}, None, None),
         ({"adv_start": 2, "adv_warmup": 2}, None, None),
         ({"adv_start": 3}, None, None),
     ],
@@ -196,7 +198,10 @@ def test_a_schedule_that_leaves_nothing_to_attack_is_said(tmp_path, caplog, sett
     with caplog.at_level(logging.WARNING):
         trainer.train()
     found = [record.getMessage() for record in caplog.records if record.name.startswith("fgm_trainer")]
+    # So short a run may have learned nothing.
+    found = [message for message in found if not message.startswith("Collapse?")]
     if says is None:
         assert found == []
     else:
-        assert any(message.startswith(says) for message in found), found
+        (message,) = found
+        assert message.startswith(says)

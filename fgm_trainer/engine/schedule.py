@@ -58,6 +58,8 @@ class Schedule:
         if first + rise > total:
             last = self.factor(total - 1 - (total - 1 - first) % self.every, total)
             return f"adv_warmup={self.warmup:g} lasts longer than training ({total} steps): epsilon ends at {last:.0%}."
+        if self.every > 1 and first + self.every >= total:
+            return f"adv_every={self.every}: of the {total} steps of training one alone is attacked."
         return None
 
     def warm(self, total: int) -> int:
