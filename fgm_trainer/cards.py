@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
+from .perturbation.weights import is_weights
 from .plan import Plan
 from .robustness import RobustnessReport, plot_robustness
 
@@ -51,7 +52,7 @@ def add_to_card(folder: str | Path, plan: Plan, scope: str, reports: Mapping[str
     if found:
         data.model_name = data.model_name or folder.resolve().name
         data.eval_results = known + found
-    sections = [_settings(plan, scope), *(_section(name, report, task) for name, report in reports.items())]
+    sections = [_settings(plan, scope), *(_section(name, report, task, plan) for name, report in reports.items())]
     if reports and importlib.util.find_spec("matplotlib") is not None:
         first = next(iter(reports.values()))
         plot_robustness({folder.resolve().name: first}, folder / PICTURE)
@@ -66,7 +67,7 @@ def _settings(plan: Plan, scope: str) -> str:
     return _table("Adversarial training", ["setting", "value"], [[name, str(value)] for name, value in rows.items()])
 
 
-def _section(name: str, report: RobustnessReport, task: str) -> str:
+def _section(name: str, report: RobustnessReport, task: str, plan: Plan) -> str:
     heads, *rows = report.table()
     text = _table(f"Robustness{f' on {name}' if name else ''}", heads, rows)
     of = f"{report.metric.replace('_', ' ').capitalize()} of {report.examples} examples"
@@ -74,6 +75,13 @@ def _section(name: str, report: RobustnessReport, task: str) -> str:
     if report.metric == "accuracy" and not report.further and task == "text-classification":
         text += "To attack the model again, on texts of your own:\n\n"
         text += "```bash\nfgm-train attack MODEL --data FILE --attacks strong\n```\n"
+        return text
+    named = isinstance(plan.target, str) and not is_weights(plan.target)
+    target = f", target={plan.target!r}" if named else ""
+    grid = ", ".join(f"{epsilon:g}" for epsilon in report.epsilons)
+    text += "To attack the model again, on examples of your own with labels:\n\n"
+    text += "```python\nfrom fgm_trainer.robustness import evaluate_robustness\n\n"
+    text += f"evaluate_robustness(model, examples, epsilons=[{grid}]{target}, collate_fn=collate)\n```\n"
     return text
 
 

@@ -415,11 +415,16 @@ def test_the_model_card_of_an_image_classifier_says_so(tmp_path):
     args = flags(tmp_path, max_steps=1, adv_target="pixel_values")
     trainer = AdversarialTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
     trainer.train()
-    trainer.evaluate_robustness(epsilons=[0.1])
+    report = trainer.evaluate_robustness(epsilons=[0.1])
     trainer.create_model_card(model_name="tiny")
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert {each.task_type for each in card.data.eval_results} == {"image-classification"}
     assert "fgm-train attack" not in card.text
+    # The code of the card runs, and measures the same.
+    code = card.text.partition("```python\n")[2].partition("```")[0].replace("\nevaluate", "\nfound = evaluate")
+    names = {"model": trainer.model, "examples": data, "collate": trainer.data_collator}
+    exec(code, names)
+    assert names["found"] == report
 
 
 def test_an_evaluation_reads_the_column_of_a_targeted_attack(tmp_path):
