@@ -213,7 +213,7 @@ def train(args: DefaultsArguments, run: Run, task: Task, tokenizer: Any, collate
     logs = [line for line in trainer.state.log_history if "loss" in line]
     kept = ("loss", "adv_loss", "adv_epsilon", "adv_delta_norm", "adv_delta_ratio")
     shown = {name: [float(f"{line[name]:.4g}") for line in logs if name in line] for name in kept}
-    return model, {"seconds": seconds, "warned": trainer._run.figures.watch.said, **shown}
+    return model, {"seconds": seconds, "warned": trainer._adv_run.figures.watch.said, **shown}
 
 
 def new_model(name: str, task: Task) -> nn.Module:

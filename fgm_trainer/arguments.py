@@ -189,8 +189,11 @@ def flags_of(args: Any) -> AdversarialArguments | None:
     if isinstance(args, AdversarialArguments):
         args.check()
         return args
-    names = [f.name for f in fields(AdversarialArguments)]
-    return AdversarialArguments(**{n: getattr(args, n) for n in names}) if hasattr(args, names[0]) else None
+    flags = {f.name: f for f in fields(AdversarialArguments)}
+    # A script may have fields of such names.
+    known = getattr(args, "__dataclass_fields__", {})
+    found = [name for name, flag in flags.items() if hasattr(args, name) and known.get(name, flag) is flag]
+    return AdversarialArguments(**{name: getattr(args, name) for name in found}) if found else None
 
 
 def as_number(value: Any) -> Any:

@@ -10,7 +10,8 @@ import os
 import runpy
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABCMeta
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any, ClassVar, get_type_hints
@@ -70,7 +71,7 @@ class patch:  # noqa: N801
         # Those of the former one would count more.
         former, arguments.GIVEN = arguments.GIVEN, {}
         try:
-            self.flags = AdversarialArguments(**flags)
+            self.flags = _checked(flags)
         finally:
             arguments.GIVEN = former
         if patch._active is not None:
@@ -80,13 +81,16 @@ class patch:  # noqa: N801
         self._evaluated = self._stock = self._trained = False
         # Forked processes share it.
         self._counter = multiprocessing.Value("q", 0)
-        self._before: list[tuple[type, str, Any]] = []
-        self._kinds: dict[type, type] = {}
+        # Whose attribute was what, and is what now.
+        self._before: list[tuple[type, str, Any, Any]] = []
+        # The adversarial class of each trainer's own, which may not be hashable.
+        self._kinds: dict[int, tuple[type, type]] = {}
         patch._active, arguments.GIVEN = self, flags
         AttackedRun.counters.append(self._counter)
         self._replace(Trainer, "__init__", self._made)
         self._replace(Trainer, "train", self._train)
-        self._replace(Trainer, "evaluation_loop", self._evaluate)
+        for name in ("evaluate", "predict", "evaluation_loop"):
+            self._replace(Trainer, name, self._evaluate)
         self._add_flags()
 
     @property
@@ -98,15 +102,20 @@ class patch:  # noqa: N801
         """Puts everything back."""
         if patch._active is not self:
             return
-        for owner, name, value in reversed(self._before):
-            if value is _ABSENT:
+        for owner, name, former, own in reversed(self._before):
+            # Somebody else may have put something in its place.
+            if vars(owner).get(name) is not own:
+                continue
+            if former is _ABSENT:
                 delattr(owner, name)
             else:
-                setattr(owner, name, value)
+                setattr(owner, name, former)
         AttackedRun.counters.remove(self._counter)
         arguments.GIVEN, patch._active = {}, None
 
     def __enter__(self) -> patch:
+        if patch._active is not self:
+            raise RuntimeError("This patch is over: make a new one, with fgm_trainer.patch(...).")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -143,7 +152,7 @@ class patch:  # noqa: N801
             self.trainers.append(type(trainer).__name__)
             self._adopt(trainer)
             return AdversarialTrainerMixin.train(trainer, *args, **kwargs)
-        plan = trainer._run.plan
+        plan = trainer._adv_run.plan
         if plan.attacks:
             self._trained = True
         else:
@@ -163,13 +172,10 @@ class patch:  # noqa: N801
         kind = type(trainer)
         if isinstance(trainer, AdversarialTrainerMixin):
             return
-        if kind not in self._kinds:
-            adversarial = AdversarialSeq2SeqTrainer if issubclass(kind, Seq2SeqTrainer) else AdversarialTrainer
-            bases = (adversarial,) if issubclass(adversarial, kind) else (kind, adversarial)
-            own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_default_flags": self.flags}
-            self._kinds[kind] = types.new_class(kind.__name__, bases, exec_body=lambda space: space.update(own))
-        trainer.__class__ = self._kinds[kind]
-        trainer._prepare()
+        if id(kind) not in self._kinds:
+            self._kinds[id(kind)] = kind, _adversarial(kind, self.flags)
+        trainer.__class__ = self._kinds[id(kind)][1]
+        trainer._adv_prepare()
 
     # Arguments --------------------------------------------------------------------------------------------------------
 
@@ -184,18 +190,25 @@ class patch:  # noqa: N801
             self._set(TrainingArguments, name, flag.default)
         for kind in _with_subclasses(TrainingArguments):
             if "__dataclass_fields__" in vars(kind) and not issubclass(kind, AdversarialArguments):
-                self._set(kind, "__dataclass_fields__", vars(kind)["__dataclass_fields__"] | flags)
+                # Its own fields stay, also those of such a name.
+                own = vars(kind)["__dataclass_fields__"]
+                self._set(kind, "__dataclass_fields__", own | {n: f for n, f in flags.items() if n not in own})
                 if "__init__" in vars(kind):
-                    self._replace(kind, "__init__", _take_flags)
+                    self._replace(kind, "__init__", functools.partial(_take_flags, flags.keys() - own.keys()))
 
     def _replace(self, owner: type, name: str, by: Callable[..., Any]) -> None:
         """Calls `by` in place of a method, with the method in front of its arguments."""
         stock = vars(owner)[name]
-        wrapper = functools.wraps(stock)(lambda *args, **kwargs: by(stock, *args, **kwargs))
+
+        @functools.wraps(stock)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            # Somebody may have kept it.
+            return by(stock, *args, **kwargs) if patch._active is self else stock(*args, **kwargs)
+
         self._set(owner, name, wrapper)
 
     def _set(self, owner: type, name: str, value: Any) -> None:
-        self._before.append((owner, name, vars(owner).get(name, _ABSENT)))
+        self._before.append((owner, name, vars(owner).get(name, _ABSENT), value))
         setattr(owner, name, value)
 
 
@@ -206,19 +219,65 @@ _OWN_LOOP = (
 )
 
 
-def _take_flags(stock: Callable[..., None], args: Any, *values: Any, **named: Any) -> None:
-    """`__init__` of a class of training arguments."""
-    for flag in fields(AdversarialArguments):
-        if flag.name in named:
-            setattr(args, flag.name, named.pop(flag.name))
+def _checked(flags: dict[str, Any]) -> AdversarialArguments:
+    """The flags, each by itself where a script may still say of which method they are."""
+    of_a_method = () if "adv_method" in flags else ("adv_steps", "adv_step_size", "adv_kwargs")
+    AdversarialArguments(**{name: value for name, value in flags.items() if name not in of_a_method})
+    try:
+        return AdversarialArguments(**flags)
+    except ValueError:
+        if not of_a_method:
+            raise
+        return AdversarialArguments(**{name: value for name, value in flags.items() if name not in of_a_method})
+
+
+class _Quiet:
+    """In front of the others: the user's classes are not told of ours."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+class _Shown:
+    """A property that gives way to an attribute of a trainer's own."""
+
+    def __init__(self, of: property) -> None:
+        self._of = of
+
+    def __get__(self, trainer: Any, kind: type | None = None) -> Any:
+        return self if trainer is None else self._of.__get__(trainer, kind)
+
+
+def _adversarial(kind: type, flags: AdversarialArguments) -> type:
+    """A trainer's class, with `AdversarialTrainer` behind it."""
+    base = AdversarialSeq2SeqTrainer if issubclass(kind, Seq2SeqTrainer) else AdversarialTrainer
+    bases = (_Quiet, base) if issubclass(base, kind) else (_Quiet, kind, base)
+    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    # What `super(self.__class__, self)` of older scripts needs.
+    own |= {"_adv_default_flags": flags, "__class__": property(lambda trainer: kind)}
+    shown = {name: vars(AdversarialTrainerMixin)[name] for name in ("attack", "schedule")}
+    own |= {name: _Shown(of) for name, of in shown.items() if not hasattr(kind, name)}
+    if issubclass(type(kind), ABCMeta):
+        return types.new_class(kind.__name__, bases, exec_body=lambda space: space.update(own))
+    # Past what a metaclass of the user's does with each class.
+    made: type = type.__new__(type(kind), kind.__name__, bases, own)
+    return made
+
+
+def _take_flags(ours: Set[str], stock: Callable[..., None], args: Any, *values: Any, **named: Any) -> None:
+    """`__init__` of a class of training arguments, which does not know these flags."""
+    for name in ours & named.keys():
+        setattr(args, name, named.pop(name))
     stock(args, *values, **named)
 
 
 def _check_flags(stock: Callable[..., None], args: Any) -> None:
     """`__post_init__` of `TrainingArguments`."""
     stock(args)
-    if not isinstance(args, AdversarialArguments):
-        vars(args).update(vars(flags_of(args)))
+    flags = None if isinstance(args, AdversarialArguments) else flags_of(args)
+    if flags is not None:
+        own = type(args).__dataclass_fields__
+        vars(args).update({f.name: getattr(flags, f.name) for f in fields(flags) if own.get(f.name, f) is f})
 
 
 def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
@@ -310,6 +369,8 @@ def _name_misspelt(words: Sequence[str]) -> None:
     known = [f"--{f.name}" for f in fields(AdversarialArguments)]
     for word in words:
         name = word.partition("=")[0]
+        if word == "--":
+            return
         if name.startswith("--adv") and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.8)):
             print(f"fgm_trainer: {name} is left to the script. Did you mean {near[0]}?", file=sys.stderr)
 
@@ -319,12 +380,13 @@ def _run(script: str, words: Sequence[str], as_module: bool) -> None:
     argv, path = sys.argv, list(sys.path)
     sys.argv = [script, *words]
     if not sys.flags.safe_path:
-        sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.abspath(script))
+        sys.path[0] = os.getcwd() if as_module else os.path.dirname(os.path.realpath(script))
     try:
         if as_module:
             runpy.run_module(script, run_name="__main__", alter_sys=True)
         else:
-            runpy.run_path(script, run_name="__main__")
+            # As Python has it.
+            runpy.run_path(os.path.abspath(script), run_name="__main__")
     except SystemExit as end:
         if end.code not in (None, 0):
             raise

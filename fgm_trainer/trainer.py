@@ -53,7 +53,7 @@ class AdversarialTrainerMixin(_Base):
     """
 
     # Where the arguments have none (`launcher.patch`).
-    _default_flags: AdversarialArguments | None = None
+    _adv_default_flags: AdversarialArguments | None = None
 
     def __init__(
         self,
@@ -64,48 +64,48 @@ class AdversarialTrainerMixin(_Base):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if attack is not None and (changed := changed_attack_fields(self._flags)):
+        if attack is not None and (changed := changed_attack_fields(self._adv_flags)):
             raise ValueError(
                 f"The attack is given twice: attack={attack!r} and, in the arguments, {', '.join(changed)}. Leave one "
                 "out."
             )
-        self._prepare(attack, target, epsilon_schedule)
+        self._adv_prepare(attack, target, epsilon_schedule)
 
-    def _prepare(
+    def _adv_prepare(
         self,
         attack: Attack | None = None,
         target: str | Target | None = None,
         epsilon_schedule: Callable[[float], float] | None = None,
     ) -> None:
         """What `__init__` adds to a Trainer that is made."""
-        self._given = attack, target, epsilon_schedule
+        self._adv_given = attack, target, epsilon_schedule
         # The pass that an overridden `training_step` or `compute_loss` is called for.
         self.running_pass: RunningPass | None = None
         # What the card shows, by the name of the data.
-        self._reports: dict[str, RobustnessReport] = {}
-        self._begin()
+        self._adv_reports: dict[str, RobustnessReport] = {}
+        self._adv_begin()
 
     @property
     def attack(self) -> Attack:
         """What the run is attacked with."""
-        return self._run.plan.attack
+        return self._adv_run.plan.attack
 
     @property
     def schedule(self) -> Schedule:
         """When, and how epsilon rises."""
-        return self._run.plan.schedule
+        return self._adv_run.plan.schedule
 
-    def _begin(self) -> None:
+    def _adv_begin(self) -> None:
         """A new run; the flags are read again, since a hyperparameter search sets them one by one."""
-        self._run = AttackedRun(self, self._plan())
+        self._adv_run = AttackedRun(self, self._adv_plan())
 
     @property
-    def _flags(self) -> AdversarialArguments | None:
+    def _adv_flags(self) -> AdversarialArguments | None:
         """The flags, where there are some."""
-        return flags_of(self.args) or self._default_flags
+        return flags_of(self.args) or self._adv_default_flags
 
-    def _plan(self) -> Plan:
-        return make_plan(self._flags, *self._given, getattr(self, "processing_class", None))
+    def _adv_plan(self) -> Plan:
+        return make_plan(self._adv_flags, *self._adv_given, getattr(self, "processing_class", None))
 
     def _hp_search_setup(self, trial: Any) -> None:
         # Trainer brings what a trial says into the type of what is there, and epsilon may be a number or a word.
@@ -116,11 +116,11 @@ class AdversarialTrainerMixin(_Base):
         super()._hp_search_setup(trial)
         if before is not None and args.adv_epsilon is None:
             args.adv_epsilon = before
-        self._begin()
-        self._refuse()
+        self._adv_begin()
+        self._adv_refuse()
 
-    def _refuse(self) -> None:
-        plan = self._run.plan
+    def _adv_refuse(self) -> None:
+        plan = self._adv_run.plan
         if plan.attacks:
             model = None if self.model is None else bare(self.model, self.accelerator)
             refuse(self, model, plan.attack, plan.target, plan.epsilon_unit)
@@ -131,17 +131,17 @@ class AdversarialTrainerMixin(_Base):
         Raises:
             ValueError: one message with all of them.
         """
-        self._begin()
-        self._refuse()
+        self._adv_begin()
+        self._adv_refuse()
         # They were of another model.
-        self._reports = {}
-        if self._given[0] is None and self._flags is None:
+        self._adv_reports = {}
+        if self._adv_given[0] is None and self._adv_flags is None:
             logger.warning("No attack was given: training with FGM(epsilon=1.0) on the input token embeddings.")
         try:
             result = super().train(*args, **kwargs)
         finally:
-            self._run.detach()
-        self._run.end()
+            self._adv_run.detach()
+        self._adv_run.end()
         return result
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -151,22 +151,22 @@ class AdversarialTrainerMixin(_Base):
             The clean loss, as `Trainer` reports it; where there is none, that of the first training pass.
         """
         stock = super().training_step
-        if not self._run.plan.attacks:
-            return stock(model, self._for_model(inputs), *args, **kwargs)
-        return self._run.step(model, inputs, lambda called, batch: stock(called, batch, *args, **kwargs))
+        if not self._adv_run.plan.attacks:
+            return stock(model, self._adv_for_model(inputs), *args, **kwargs)
+        return self._adv_run.step(model, inputs, lambda called, batch: stock(called, batch, *args, **kwargs))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """`Trainer.prediction_step`, without the column that only a targeted attack reads."""
-        return super().prediction_step(model, self._for_model(inputs), *args, **kwargs)
+        return super().prediction_step(model, self._adv_for_model(inputs), *args, **kwargs)
 
-    def _for_model(self, inputs: dict[str, Any]) -> Any:
-        return without_column(inputs, self._run.plan.attack.targeted)
+    def _adv_for_model(self, inputs: dict[str, Any]) -> Any:
+        return without_column(inputs, self._adv_run.plan.attack.targeted)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """`Trainer.log`; the lines of training get the attack's figures as well."""
         # setfit's loss has a name of its own.
-        if "learning_rate" in logs and any(name.endswith("loss") for name in logs) and self._run.plan.attacks:
-            logs = self._run.with_figures(logs)
+        if "learning_rate" in logs and any(name.endswith("loss") for name in logs) and self._adv_run.plan.attacks:
+            logs = self._adv_run.with_figures(logs)
         super().log(logs, *args, **kwargs)
         show(self, logs)
 
@@ -189,41 +189,41 @@ class AdversarialTrainerMixin(_Base):
         """
         dataset = dataset_of(self, eval_dataset)
         if isinstance(dataset, Mapping):
-            self._reports = {name: self.evaluate_robustness(one, **kwargs) for name, one in dataset.items()}
-            return self._reports
-        report = evaluate_trainer(self, self._plan(), dataset, **kwargs)
-        self._reports = {"": report}
+            self._adv_reports = {name: self.evaluate_robustness(one, **kwargs) for name, one in dataset.items()}
+            return self._adv_reports
+        report = evaluate_trainer(self, self._adv_plan(), dataset, **kwargs)
+        self._adv_reports = {"": report}
         return report
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card`, with the attack's settings and what `evaluate_robustness` found last."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and (self._run.plan.attacks or self._reports):
+        if self.is_world_process_zero() and (self._adv_run.plan.attacks or self._adv_reports):
             model: Any = self.model
             kind = type(bare(model, self.accelerator)).__name__
-            add_to_card(str(self.args.output_dir), self._run.plan, self._run.scope, self._reports, kind)
+            add_to_card(str(self.args.output_dir), self._adv_run.plan, self._adv_run.scope, self._adv_reports, kind)
 
     # What Trainer asks for on the way ---------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # The column of the data that only a targeted attack reads.
-        column, kept = self._run.plan.attack.targeted, vars(self)["_signature_columns"]
+        column, kept = self._adv_run.plan.attack.targeted, vars(self)["_signature_columns"]
         if isinstance(column, str) and kept is not None and column not in kept:
             vars(self)["_signature_columns"] = [*kept, column]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # With `auto_find_batch_size` a run starts anew after it has run out of memory.
-        self._run.state.forget()
+        self._adv_run.state.forget()
         return super()._inner_training_loop(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self._run.state.save(output_dir, self._run.driver)
+        self._adv_run.state.save(output_dir, self._adv_run.driver)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._run.state.load(checkpoint)
+        self._adv_run.state.load(checkpoint)
 
 
 class AdversarialTrainer(AdversarialTrainerMixin, Trainer):

@@ -207,7 +207,7 @@ def test_shuffled_epochs_are_recognised(tmp_path, caplog):
         trainer.train()
     assert not [line for line in caplog.messages if "met no example twice" in line]
     assert looked == [True] * 6 + [False] * 9
-    assert len(trainer._run.state.kept.memory._known) == 20
+    assert len(trainer._adv_run.state.kept.memory._known) == 20
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_training(tmp_path, met, name, target, scope):
     again.train()
     same(weights(trainer.model), weights(again.model))
     stock = trainer_of(tmp_path, name, target, scope)
-    stock._given = (FGM(epsilon=0.0), None, None)
+    stock._adv_given = (FGM(epsilon=0.0), None, None)
     stock.train()
     plain = weights(stock.model)
     assert any(not torch.equal(weight, plain[n]) for n, weight in weights(trainer.model).items())

@@ -246,7 +246,7 @@ def test_where_most_labels_are_the_same_the_loss_rises_by_as_much_less():
 class Seen(AdversarialInOrder):
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.epsilons = [*getattr(self, "epsilons", []), self._run.controller.epsilon.item()]
+        self.epsilons = [*getattr(self, "epsilons", []), self._adv_run.controller.epsilon.item()]
         return loss
 
 
@@ -432,7 +432,7 @@ def test_strength_follows_the_schedule():
     shaped = trained(num_train_epochs=6, adv_strength=0.5, extra={"epsilon_schedule": lambda progress: 0.01})
     assert max(shaped.epsilons) < 0.4 * max(at_once.epsilons)
     rising = trained(num_train_epochs=6, adv_strength=0.5, adv_warmup=0.9)
-    assert rising._run.controller._rise == 1
+    assert rising._adv_run.controller._rise == 1
     assert sum(rising.epsilons) < sum(at_once.epsilons)
 
 

@@ -25,7 +25,7 @@ class Noted(AdversarialTrainer):
 
     def train(self, *args, **kwargs):
         result = super().train(*args, **kwargs)
-        self.notes = [*getattr(self, "notes", []), (self.attack, self._run.plan.strength, self.args.adv_epsilon)]
+        self.notes = [*getattr(self, "notes", []), (self.attack, self._adv_run.plan.strength, self.args.adv_epsilon)]
         return result
 
 

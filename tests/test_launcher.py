@@ -358,6 +358,125 @@ def test_classes_keep_their_relations(tmp_path):
             assert trainer.attack == fgm_trainer.FGM(epsilon=0.5)
 
 
+def test_what_a_script_has_of_our_names_stays_its_own(tmp_path):
+    @dataclass
+    class Own(transformers.TrainingArguments):
+        adv_epsilon: float = 0.1
+        adv_weight: str = "w"
+
+    class Named(transformers.Trainer):
+        def __init__(self, *args, **kwargs):
+            self.schedule, self._run = "before", "mine"
+            super().__init__(*args, **kwargs)
+            self.attack = "mine"
+
+        def _prepare(self):
+            raise AssertionError
+
+        def _flags(self):
+            raise AssertionError
+
+    with fgm_trainer.patch(adv_warmup=0.0) as patched:
+        args = Own(**settings(tmp_path), adv_epsilon=0.3, adv_weight="q", adv_method="pgd")
+        assert (args.adv_epsilon, args.adv_weight, args.adv_method) == (0.3, "q", "pgd")
+        _, trainer = weights_of(Named, args)
+    assert (trainer.schedule, trainer._run, trainer.attack) == ("before", "mine", "mine")
+    assert trainer._adv_run.plan.attack == fgm_trainer.PGD()
+    assert patched.steps == 3
+    assert Own(**settings(tmp_path)).adv_weight == "w"
+
+
+def test_classes_that_come_with_conditions(tmp_path):
+    registered = []
+
+    class Registers(type):
+        def __new__(cls, name, bases, namespace, *, task):
+            registered.append(name)
+            return super().__new__(cls, name, bases, namespace)
+
+        def __init__(cls, name, bases, namespace, *, task):
+            super().__init__(name, bases, namespace)
+
+        def __eq__(cls, other):
+            return cls is other
+
+    class Base(transformers.Trainer):
+        def __init_subclass__(cls, *, task, **kwargs):
+            super().__init_subclass__(**kwargs)
+            registered.append(cls.__name__)
+
+    class Told(Base, task="x"):
+        """Of older style."""
+
+        def compute_loss(self, *args, **kwargs):
+            return super(self.__class__, self).compute_loss(*args, **kwargs)
+
+    class Metaclass(transformers.Trainer, metaclass=Registers, task="x"):
+        pass
+
+    before = list(registered)
+    with fgm_trainer.patch(adv_epsilon=0.5, adv_warmup=0.0) as patched:
+        args = transformers.TrainingArguments(**settings(tmp_path))
+        expected, _ = weights_of(transformers.Trainer, args)
+        for kind in (Told, Metaclass):
+            found, trainer = weights_of(kind, args)
+            assert same(found, expected)
+            assert type(trainer).__doc__ == kind.__doc__
+            assert isinstance(trainer, kind)
+    assert patched.steps == 9
+    assert registered == before
+
+
+def test_a_class_of_arguments_of_an_earlier_patch(tmp_path):
+    with fgm_trainer.patch():
+
+        @dataclass
+        class Late(transformers.TrainingArguments):
+            own: int = 0
+
+    with fgm_trainer.patch():
+        assert Late(**settings(tmp_path), adv_epsilon=0.25).adv_epsilon == 0.25
+        words = ["--output_dir", "out", "--adv_epsilon", "0.25", "--adv_method", "pgd"]
+        (args,) = transformers.HfArgumentParser(Late).parse_args_into_dataclasses(words)
+        assert (args.adv_epsilon, args.adv_method, args.own) == (0.25, "pgd", 0)
+
+
+def test_what_was_kept_or_put_in_our_place(tmp_path):
+    stock = transformers.Trainer.train
+    patched = fgm_trainer.patch(adv_epsilon=0.5, adv_warmup=0.0)
+
+    class Keeps(transformers.Trainer):
+        fit = transformers.Trainer.train
+
+    def foreign(self, *args, **kwargs):
+        return stock(self, *args, **kwargs)
+
+    transformers.Trainer.train = foreign
+    try:
+        patched.undo()
+        assert transformers.Trainer.train is foreign
+    finally:
+        transformers.Trainer.train = stock
+    plain, _ = weights_of(Keeps, transformers.TrainingArguments(**settings(tmp_path)))
+    model = tiny("bert")
+    Keeps(
+        model=model, args=transformers.TrainingArguments(**settings(tmp_path)), train_dataset=padded_data(model)
+    ).fit()
+    assert same(model.state_dict(), plain)
+    with pytest.raises(RuntimeError, match="This patch is over"):
+        patched.__enter__()
+
+
+def test_settings_of_a_method_that_the_script_names(tmp_path):
+    with fgm_trainer.patch(adv_steps=5):
+        args = transformers.TrainingArguments(**settings(tmp_path), adv_method="pgd")
+        assert transformers.Trainer(model=tiny("bert"), args=args).attack == fgm_trainer.PGD(steps=5)
+        with pytest.raises(ValueError, match="adv_steps is given, but the method 'fgm' has no such setting"):
+            transformers.TrainingArguments(**settings(tmp_path))
+    with pytest.raises(ValueError, match="adv_norm must be"):
+        fgm_trainer.patch(adv_steps=5, adv_norm="l7")
+
+
 def test_our_own_names_are_left_alone():
     """What the README tells to import, in a notebook in which a patch is active."""
     own = types.ModuleType("notebook")

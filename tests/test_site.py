@@ -47,7 +47,7 @@ def test_the_page_of_language_models(tmp_path, monkeypatch):
     first, second, third = blocks("llm.md")
     exec(first, names)
     assert names["trainer"].state.log_history[0]["adv_delta_norm"] > 0
-    assert str(names["trainer"]._run.plan.target) == "model.layers.1"
+    assert str(names["trainer"]._adv_run.plan.target) == "model.layers.1"
     exec(second, names)
     exec(third, names)
     assert names["trainer"].state.global_step == 2
