@@ -24,7 +24,7 @@ from .perturbation.clipping import valid_range
 
 if TYPE_CHECKING:
     from .arguments import AdversarialArguments, AdversarialSeq2SeqTrainingArguments, AdversarialTrainingArguments
-    from .launcher import patch
+    from .patching import patch
     from .trainer import AdversarialSeq2SeqTrainer, AdversarialTrainer, AdversarialTrainerMixin
 
 __version__ = "0.2.0"
@@ -62,7 +62,7 @@ _LAZY = {
     "AdversarialTrainer": "trainer",
     "AdversarialTrainerMixin": "trainer",
     "AdversarialSeq2SeqTrainer": "trainer",
-    "patch": "launcher",
+    "patch": "patching",
 }
 
 

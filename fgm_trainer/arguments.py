@@ -19,7 +19,7 @@ from .perturbation.geometry import NORMS, SCOPES
 
 _METHODS = ", ".join(sorted(ATTACKS))
 
-# Flags that count more than what arguments say (`launcher.patch`).
+# Flags that count more than what arguments say (`patching.patch`).
 GIVEN: dict[str, Any] = {}
 
 

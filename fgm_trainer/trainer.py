@@ -52,7 +52,7 @@ class AdversarialTrainerMixin(_Base):
         ValueError: `attack` and attack flags are both given.
     """
 
-    # Where the arguments have none (`launcher.patch`).
+    # Where the arguments have none (`patching.patch`).
     _adv_default_flags: AdversarialArguments | None = None
 
     def __init__(

@@ -29,6 +29,7 @@ LAYERS = [
     "trainer_evaluation",
     "run",
     "trainer",
+    "patching",
     "commands",
     "launcher",
     "__main__",
