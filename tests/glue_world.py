@@ -135,7 +135,7 @@ def accelerate(name, processes=2):
     return [*command, "--num_processes", processes, "--main_process_port", free_port()]
 
 
-def launch(command, world, *flags, code=0, timeout=300, **settings):
+def launch(command, world, *flags, code=0, timeout=540, **settings):
     """Runs a launcher and its processes, of which none may be left at the end. Returns what they printed."""
     mark = uuid.uuid4().hex
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import batches
-from test_images import EXACT, GREY, images, make_processor, tiny_vit
+from test_images import EXACT, GREY, ODD, images, make_processor, outside, tiny_vit
 from test_robustness import fingerprint, model_and_data, prepared, same
 from transformers import default_data_collator
 
@@ -40,6 +40,21 @@ def test_of_pixels_the_inputs_are_what_the_model_saw(normalisation):
     torch.testing.assert_close(found.inputs["pixel_values"], expected, rtol=0, atol=1e-6)
     with torch.no_grad():
         assert torch.equal(model(**found.inputs).logits, found.outputs.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_pixels_none_is_rounded_out_of_the_range(dtype):
+    """Value plus (bound minus value) may be just outside."""
+    model, clip = tiny_vit(3, dtype), valid_range((0, 1), make_processor(ODD))
+    low, high = (bound.to(dtype) for bound in clip)
+    draw = torch.rand((256, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    value = (low + (high - low) * draw).to(dtype).clamp(low, high)
+    batch = {"pixel_values": value, "labels": torch.arange(256) % 3}
+    found = attack_batch(model, batch, FGSM(epsilon=9.0), target="pixel_values", clip=clip)
+    moved = found.inputs["pixel_values"]
+    assert outside([value + found.delta], *clip) > 10, "rounding matters here"
+    assert outside([moved], *clip) == 0
+    assert ((moved == low) | (moved == high)).double().mean() > 0.9
 
 
 def test_it_falls_where_the_evaluation_says_so():

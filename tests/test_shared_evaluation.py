@@ -21,7 +21,7 @@ def evaluated(out, processes, examples):
         command = [sys.executable, TESTS / "on_cpu.py", TESTS / "evaluation_worker.py", out, str(examples)]
         started.append(subprocess.Popen(command, env=os.environ | common | ranks, stderr=subprocess.PIPE, text=True))
     for process in started:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=540)
         assert process.returncode == 0, errors[-3000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
 
