@@ -296,7 +296,7 @@ REFUSED = {
     ),
     "`SentenceTransformerTrainer`, gradient caching, method `partial_fgm`": (
         lambda w: TRAINERS["`SentenceTransformerTrainer`, gradient caching"](w, PartialFGM()),
-        "runs the model again in its backward pass",
+        "Where the loss caches gradients, choose a method",
     ),
     "trl `GRPOTrainer`": (
         lambda w: of_trl("GRPO", w, FGM(), data=SAID, reward_funcs=len, settings={"num_generations": 2}),

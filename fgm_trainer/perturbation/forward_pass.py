@@ -181,8 +181,10 @@ def _refuse_no_gradient(shared: SharedCalls, own: list[Call], calls: list[Call])
     own = [call for call in own if call.leaf is not None]
     if any(call.gradient is not None for call in own) or (shared.stochastic and not own):
         return
-    if any(call.key in shared.cached for call in own) or not any(call.graded for call in calls):
+    if any(call.key in shared.cached for call in own):
         raise RuntimeError(_CACHED)
+    if not any(call.graded for call in calls):
+        raise RuntimeError(_WITHOUT_AUTOGRAD)
     raise RuntimeError(
         "The loss does not depend on the tensor to be perturbed: no gradient arrived there. Choose an "
         "`adv_target` that lies on the way from the inputs to the loss."
@@ -211,6 +213,11 @@ def _owe(owed: list[Owed], call: Call, gradient: Tensor) -> None:
 _CACHED = (
     "The loss runs the model again in its backward pass (gradient caching), which can't give the gradient with respect "
     "to the perturbation alone. Choose a method whose passes all train, such as adv_method='fgm'."
+)
+_WITHOUT_AUTOGRAD = (
+    "The loss does not depend on the tensor to be perturbed: that is computed without autograd. Where the loss caches "
+    "gradients, choose a method whose passes all train on the whole batch, such as adv_method='fgm'; where a part of "
+    "the model runs under no_grad, choose an `adv_target` behind it."
 )
 _DRAWN_TOO_LATE = (
     "The loss runs the model without autograd and again in its backward pass (gradient caching), so noise can't be "
