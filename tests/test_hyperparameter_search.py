@@ -2,7 +2,6 @@
 
 import math
 
-import optuna
 import pytest
 import transformers
 from models import padded_data, tiny
@@ -10,6 +9,8 @@ from test_launcher import settings
 
 import fgm_trainer
 from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainingArguments
+
+optuna = pytest.importorskip("optuna", reason="make .venv/distributed installs it")
 
 pytestmark = [
     pytest.mark.slow,
