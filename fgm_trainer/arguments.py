@@ -189,11 +189,14 @@ def flags_of(args: Any) -> AdversarialArguments | None:
     if isinstance(args, AdversarialArguments):
         args.check()
         return args
-    flags = {f.name: f for f in fields(AdversarialArguments)}
-    # A script may have fields of such names.
+    names = flag_names(args)
+    return AdversarialArguments(**{name: getattr(args, name) for name in names}) if names else None
+
+
+def flag_names(args: Any) -> list[str]:
+    """The flags that training arguments have, by name; fields of a script's own that are called so are none."""
     known = getattr(args, "__dataclass_fields__", {})
-    found = [name for name, flag in flags.items() if hasattr(args, name) and known.get(name, flag) is flag]
-    return AdversarialArguments(**{name: getattr(args, name) for name in found}) if found else None
+    return [f.name for f in fields(AdversarialArguments) if hasattr(args, f.name) and known.get(f.name, f) is f]
 
 
 def as_number(value: Any) -> Any:

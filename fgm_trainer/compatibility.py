@@ -81,7 +81,7 @@ def _of_the_arguments(trainer: Any, attack: Attack, target: str | Target) -> Ite
         yield (
             f"{twice[0]} counts its training steps or generates the texts that it trains on, and a step has several "
             "passes: each would be counted, or train on other texts. Train with a trainer of given data, such as SFT "
-            "or DPO."
+            "or DPO. Texts that are only shown belong into a callback."
         )
     checkpointing = getattr(args, "gradient_checkpointing_kwargs", None) or {}
     reentrant = checkpointing.get("use_reentrant", _reentrant_by_default())

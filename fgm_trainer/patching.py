@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import arguments
-from .arguments import AdversarialArguments, flags_of
+from .arguments import AdversarialArguments, flag_names, flags_of
 from .run import AttackedRun
 from .trainer import AdversarialSeq2SeqTrainer, AdversarialTrainer, AdversarialTrainerMixin
 
@@ -201,13 +201,11 @@ _OWN_LOOP = (
 def _checked(flags: dict[str, Any]) -> AdversarialArguments:
     """The flags, each by itself where a script may still say of which method they are."""
     of_a_method = () if "adv_method" in flags else ("adv_steps", "adv_step_size", "adv_kwargs")
-    AdversarialArguments(**{name: value for name, value in flags.items() if name not in of_a_method})
+    others = AdversarialArguments(**{name: value for name, value in flags.items() if name not in of_a_method})
     try:
         return AdversarialArguments(**flags)
     except ValueError:
-        if not of_a_method:
-            raise
-        return AdversarialArguments(**{name: value for name, value in flags.items() if name not in of_a_method})
+        return others
 
 
 class _Quiet:
@@ -276,8 +274,7 @@ def _check_flags(stock: Callable[..., None], args: Any) -> None:
     stock(args)
     flags = None if isinstance(args, AdversarialArguments) else flags_of(args)
     if flags is not None:
-        own = type(args).__dataclass_fields__
-        vars(args).update({f.name: getattr(flags, f.name) for f in fields(flags) if own.get(f.name, f) is f})
+        vars(args).update({name: getattr(flags, name) for name in flag_names(args)})
 
 
 def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import transformers
 from models import padded_data, tiny
-from test_launcher import settings
+from test_patching import settings
 
 import fgm_trainer
 from fgm_trainer import FGM, PGD, AdversarialTrainer, AdversarialTrainingArguments
